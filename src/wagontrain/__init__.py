@@ -1,0 +1,53 @@
+"""wagontrain: train one PyTorch model over the machines you have."""
+
+from wagontrain.errors import (
+    LossError,
+    ModelError,
+    ReplicaError,
+    TaskError,
+    TrainingError,
+    UsageError,
+    WagontrainError,
+    WorkerError,
+)
+from wagontrain.fit import Result, connect, fit
+from wagontrain.mesh import World
+from wagontrain.strategy import (
+    Evaluation,
+    Runner,
+    StepReport,
+    StepTimes,
+    Strategy,
+    discover,
+    make_strategy,
+)
+from wagontrain.task import Task
+from wagontrain.trainer import Run
+from wagontrain.transport import Context
+from wagontrain.version import VERSION as __version__
+
+__all__ = [
+    "Context",
+    "Evaluation",
+    "LossError",
+    "ModelError",
+    "ReplicaError",
+    "Result",
+    "Run",
+    "Runner",
+    "StepReport",
+    "StepTimes",
+    "Strategy",
+    "Task",
+    "TaskError",
+    "TrainingError",
+    "UsageError",
+    "WagontrainError",
+    "WorkerError",
+    "World",
+    "__version__",
+    "connect",
+    "discover",
+    "fit",
+    "make_strategy",
+]

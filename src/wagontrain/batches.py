@@ -1,0 +1,308 @@
+"""Which samples a step sees, which of them a rank takes, and how they are loaded.
+
+The global batch of a step depends on (seed, epoch, step) alone, never on the number of workers
+or loaders. It is first cut into micro-batches and then each micro-batch into shares, so that
+a layer that looks across samples (batch norm) meets the same groups on any number of workers.
+
+    epoch's order      permutation of all samples, from (seed, epoch)
+    global batch       a slice of it
+    micro-batch        a chunk of the global batch (Task.accumulate of them)
+    share              the part of a micro-batch that one rank takes
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+
+from wagontrain.errors import TaskError
+from wagontrain.mesh import equal_shares, ranges, shares
+from wagontrain.task import Task, describe, origin, place
+
+
+def mix(*parts: int | str) -> int:
+    """A 63-bit seed from several numbers, so that (0, 1) and (1, 0) do not meet."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order in which the samples of a dataset are visited, epoch by epoch."""
+
+    samples: int
+    batch_size: int
+    seed: int = 0
+    shuffle: bool = True
+
+    @property
+    def steps(self) -> int:
+        """Steps in one epoch."""
+        return -(-self.samples // self.batch_size)
+
+    def epoch(self, epoch: int) -> Tensor:
+        """All dataset indices in this epoch's order, int64 of shape [samples]."""
+        if not self.shuffle:
+            return torch.arange(self.samples)
+        generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
+        return torch.randperm(self.samples, generator=generator)
+
+    def positions(self, step: int) -> range:
+        """Positions in the epoch's order that step `step` of the epoch takes."""
+        start = step * self.batch_size
+        return range(start, min(start + self.batch_size, self.samples))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How ranks divide what they are given: equal shares, or in proportion to `weights`."""
+
+    rank: int = 0
+    size: int = 1
+    weights: tuple[float, ...] | None = None
+
+    def micro_batches(self, positions: range, pieces: int) -> list[tuple[range, range]]:
+        """(positions of the whole micro-batch, positions of this rank's share) for each piece."""
+        result = []
+        for piece in ranges(equal_shares(len(positions), pieces), positions.start):
+            if len(piece):
+                mine = ranges(shares(len(piece), self.size, self.weights), piece.start)[self.rank]
+                result.append((piece, mine))
+        return result
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """This rank's share of one micro-batch.
+
+    A rank without samples (`count` 0) still holds one sample, a stand-in: it takes part in
+    the exchange with weight zero.
+    """
+
+    inputs: Any
+    target: Any
+    count: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's share of the global batch of one step.
+
+    `step` counts from 0 over the whole training; `positions` are the places of the global
+    batch in the epoch's order, `mine` those of this rank.
+    """
+
+    epoch: int
+    step: int
+    positions: range
+    mine: tuple[range, ...]
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def total(self) -> int:
+        """Samples in the global batch."""
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of one rank, exactly resumable from any (epoch, step).
+
+    Args:
+        dataset: map-style dataset of `(input, target)`.
+        order: which samples each step takes.
+        cut: how a batch is divided among ranks.
+        pieces: micro-batches per batch.
+        device: where tensors are put.
+        collate: list of samples -> batch; None for torch's default.
+        loader_workers: data-loading processes.
+    """
+
+    dataset: Dataset[Any]
+    order: Order
+    cut: Cut = Cut()
+    pieces: int = 1
+    device: torch.device = torch.device("cpu")
+    collate: Callable[[list[Any]], Any] | None = None
+    loader_workers: int = 0
+
+    @classmethod
+    def of_training(cls, task: Task, device: torch.device, cut: Cut = Cut()) -> Batches:
+        """The training batches of `task` for the rank that `cut` names."""
+        order = Order(task.samples, task.batch_size, task.seed, task.shuffle)
+        return cls(
+            seeded(task.train, task.seed),
+            order,
+            cut,
+            task.accumulate,
+            device,
+            task.collate,
+            task.loader_workers,
+        )
+
+    @classmethod
+    def of_validation(
+        cls, task: Task, device: torch.device, cut: Cut = Cut()
+    ) -> Batches | None:
+        """The validation batches of `task` for the rank that `cut` names, if it has any."""
+        if task.validation is None:
+            return None
+        samples = len(task.validation)  # type: ignore[arg-type]
+        order = Order(samples, min(task.batch_size, samples), shuffle=False)
+        data = seeded(task.validation, task.seed)
+        return cls(data, order, cut, 1, device, task.collate, task.loader_workers)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of one epoch, from step `first_step` of the epoch on."""
+        if not 0 <= first_step <= self.order.steps:
+            raise ValueError(f"step {first_step} is not in an epoch of {self.order.steps} steps")
+        steps = [
+            (step, self.cut.micro_batches(self.order.positions(step), self.pieces))
+            for step in range(first_step, self.order.steps)
+        ]
+        order = self.order.epoch(epoch)
+        taken = [mine or piece[:1] for _, pieces in steps for piece, mine in pieces]
+        loaded = self._load(epoch, [order[part.start : part.stop] for part in taken])
+        for step, pieces in steps:
+            yield Batch(
+                epoch=epoch,
+                step=epoch * self.order.steps + step,
+                positions=self.order.positions(step),
+                mine=tuple(mine for _, mine in pieces),
+                micro_batches=tuple(
+                    self._micro_batch(next(loaded), len(mine), len(piece)) for piece, mine in pieces
+                ),
+            )
+
+    def _micro_batch(self, collated: Any, count: int, total: int) -> MicroBatch:
+        if not isinstance(collated, tuple | list) or len(collated) != 2:
+            raise TaskError(
+                f"the data set gives samples that collate to {describe(collated)}: "
+                "each sample has to be a pair (input, target)"
+            )
+        inputs, target = place(collated, self.device) if self.device.type != "cpu" else collated
+        return MicroBatch(inputs, target, count, total)
+
+    def _load(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[Any]:
+        """The collated samples of each part in turn, `parts` being dataset indices."""
+        if isinstance(self.dataset, SeededDataset):
+            self._sampler.epoch = epoch
+        elif self.loader_workers == 0 and self.collate is None:
+            tensors = _tensors(self.dataset)
+            if tensors is not None:
+                columns, at = tensors
+                return ([column[at(part)] for column in columns] for part in parts)
+        self._sampler.parts = parts
+        return iter(self._loader)
+
+    @cached_property
+    def _sampler(self) -> _Parts:
+        return _Parts(seeded=isinstance(self.dataset, SeededDataset))
+
+    @cached_property
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self._sampler,  # type: ignore[arg-type]  a list of any keys will do
+            collate_fn=self.collate,
+            num_workers=self.loader_workers,
+            persistent_workers=self.loader_workers > 0,
+            pin_memory=self.device.type == "cuda",
+            # The loader seeds its processes from this; drawn from the global generator it
+            # would shift the worker's own random numbers.
+            generator=torch.Generator().manual_seed(self.order.seed),
+        )
+
+
+class _Parts:
+    """A batch sampler that gives out what it was last told to."""
+
+    def __init__(self, seeded: bool) -> None:
+        self.seeded = seeded
+        self.epoch = 0
+        self.parts: Sequence[Tensor] = []
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for part in self.parts:
+            indices = part.tolist()
+            yield [(self.epoch, index) for index in indices] if self.seeded else indices
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def _tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Callable[[Tensor], Tensor]] | None:
+    """Tensors to index at once where that gives exactly what fetching and stacking would."""
+    if type(dataset) is TensorDataset:
+        return dataset.tensors, lambda part: part
+    if type(dataset) is Subset and type(dataset.dataset) is TensorDataset:
+        chosen = torch.as_tensor(dataset.indices)
+        return dataset.dataset.tensors, lambda part: chosen[part]
+    return None
+
+
+class SeededDataset(Dataset[Any]):
+    """A dataset with random augmentation, its draws fixed by (seed, epoch, sample).
+
+    Without this, what an augmented sample looks like would depend on which rank and which
+    loader process happened to fetch it, and no two worker counts would train alike.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        seed = mix(self.seed, "sample", epoch, index)
+        before = _random_state()
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            return self.dataset[index]
+        finally:
+            torch.default_generator.set_state(before[0])
+            random.setstate(before[1])
+            np.random.set_state(before[2])
+
+
+def _random_state() -> tuple[Tensor, Any, Any]:
+    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+
+
+def seeded(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
+    """The dataset, with its random draws fixed if it makes any."""
+    return SeededDataset(dataset, seed) if draws_at_random(dataset) else dataset
+
+
+def draws_at_random(dataset: Dataset[Any]) -> bool:
+    """Whether fetching the first sample moves torch's, Python's or NumPy's random numbers."""
+    before = _random_state()
+    try:
+        dataset[0]
+    except Exception as error:  # whatever the user's data set raises is theirs to read
+        raise TaskError(f"the data set's first sample cannot be read: {origin(error)}") from error
+    after = _random_state()
+    torch.default_generator.set_state(before[0])
+    random.setstate(before[1])
+    np.random.set_state(before[2])
+    return (
+        not torch.equal(before[0], after[0])
+        or before[1] != after[1]
+        or before[2][2] != after[2][2]
+        or not np.array_equal(before[2][1], after[2][1])
+    )

@@ -1,0 +1,169 @@
+"""The command line: `wagontrain run`, `strategies`, `verify`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from wagontrain import verify as verification
+from wagontrain.errors import UsageError, WagontrainError
+from wagontrain.fit import start
+from wagontrain.progress import Progress
+from wagontrain.strategy import discover, make_strategy
+from wagontrain.task import load_task
+from wagontrain.version import VERSION
+
+app = typer.Typer(
+    help="Train one PyTorch model over the machines you have.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
+StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the strategy; repeatable."),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Global batch size.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights and sample order.")]
+
+
+@app.command(epilog="Example: wagontrain run examples/mnist.py --workers 2")
+def run(
+    file: TaskFile,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
+    ] = None,
+    strategy: StrategyName = "data-parallel",
+    settings: Settings = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Where the run's files go; default a new one in runs/.")
+    ] = None,
+) -> None:
+    """Train the task in FILE."""
+    chosen = make_strategy(strategy, _settings(settings))
+    start(
+        load_task(file),
+        chosen,
+        workers=workers,
+        run_dir=run_dir,
+        steps=steps,
+        overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
+        task_file=file,
+        label=Path(file.partition(":")[0]).stem,
+        display=Progress(Console()),
+    )
+
+
+@app.command(epilog="Example: wagontrain strategies")
+def strategies() -> None:
+    """List the ways of distributing, and the settings of each."""
+    import dataclasses
+
+    console = Console()
+    for name, strategy in sorted(discover().items()):
+        exact = "exact" if strategy().exact else "relaxed"
+        console.print(f"{name} ({exact}): {strategy.summary}", highlight=False, soft_wrap=True)
+        for field in dataclasses.fields(strategy):
+            console.print(f"    {field.name} = {field.default}", highlight=False, markup=False)
+
+
+@app.command(epilog="Example: wagontrain verify examples/mnist.py --workers 3")
+def verify(
+    file: TaskFile,
+    strategy: StrategyName = "data-parallel",
+    workers: Annotated[int, typer.Option(help="Worker processes.")] = 2,
+    steps: Annotated[int, typer.Option(help="Steps to train and compare.")] = 10,
+    settings: Settings = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float64 (default), float32 or bfloat16.")
+    ] = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show whether a strategy trains the task in FILE as one process would."""
+    if dtype is not None and dtype not in verification.TOLERANCE:
+        raise UsageError(f"dtype {dtype!r}: give one of {', '.join(verification.TOLERANCE)}")
+    verdict = verification.verify(
+        load_task(file),
+        make_strategy(strategy, _settings(settings)),
+        workers=workers,
+        steps=steps,
+        dtype=dtype,  # type: ignore[arg-type]  checked above
+        task_file=file,
+        overrides=_given(batch_size=batch_size, seed=seed),
+    )
+    if json:
+        print(verdict.to_json())
+    else:
+        for line in _verdict_lines(verdict):
+            print(line)
+    if verdict.exact and not verdict.passed:
+        raise typer.Exit(1)
+
+
+def _verdict_lines(verdict: verification.Verdict) -> list[str]:
+    what = f"{verdict.strategy} over {verdict.workers} workers, {verdict.steps} steps"
+    lines = [f"{what}, {verdict.dtype}, against one process", "largest deviation of"]
+    lines.append(f"  loss        {verdict.max_loss_deviation:.1e}")
+    lines.append(f"  parameters  {verdict.max_parameter_deviation:.1e}  {verdict.worst_parameter}")
+    if verdict.max_buffer_deviation is not None:
+        lines.append(f"  buffers     {verdict.max_buffer_deviation:.1e}")
+    lines.append(f"  tolerance   {verdict.tolerance:.1e}")
+    if verdict.dropout_turned_off:
+        lines.append("dropout was turned off to compare: no two splits draw the same masks")
+    if verdict.random_forward:
+        lines.append("two runs of one process differ as well: the model draws random numbers")
+    if verdict.passed:
+        lines.append("passed: the same training as one process")
+    elif verdict.exact:
+        lines.append("FAILED: not the training that one process would do")
+    else:
+        lines.append("not the same, as expected: the strategy is relaxed with these settings")
+    return lines
+
+
+def _settings(pairs: list[str] | None) -> dict[str, Any]:
+    result = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--set {pair!r} is not FIELD=VALUE: write, say, --set bucket_mb=10")
+        result[key] = value
+    return result
+
+
+def _given(**values: int | None) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if show:
+        print(f"wagontrain {VERSION}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit status."""
+    try:
+        app()
+    except WagontrainError as error:
+        print(f"wagontrain: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("wagontrain: stopped by Ctrl-C; all workers were ended", file=sys.stderr)
+        sys.exit(130)

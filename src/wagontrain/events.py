@@ -1,0 +1,128 @@
+"""What happens in a run, as a stream of plain records, and where they are kept.
+
+An event is a dict with `kind` and `time` (seconds since the epoch) that goes to every sink as it
+happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets the curves.
+
+| kind       | fields                                                                         |
+|------------|--------------------------------------------------------------------------------|
+| start      | task, strategy, settings, exact, world_size, hosts, devices, threads, epochs,  |
+|            | steps, batch_size, samples                                                      |
+| step       | step, epoch, samples, loss, seconds, data_seconds, sent                         |
+| times      | step, compute, exchange, waiting: one number per rank, exchange one for all     |
+| validation | epoch, step, values                                                             |
+| end        | summary                                                                         |
+| failed     | message                                                                         |
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Sink(ABC):
+    """Something that takes events."""
+
+    @abstractmethod
+    def take(self, event: Event) -> None:
+        """One event."""
+
+    def close(self) -> None:  # noqa: B027  most sinks have nothing to close
+        """No more events will come."""
+
+
+class Events:
+    """Sends events to sinks."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self.sinks = list(sinks)
+
+    def send(self, kind: str, **fields: Any) -> None:
+        """Stamp an event with the time and give it to every sink."""
+        event = {"kind": kind, "time": time.time(), **fields}
+        for sink in self.sinks:
+            sink.take(event)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            sink.close()
+
+
+class JsonLines(Sink):
+    """Keeps events in a file, one JSON object a line, each line written at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1)
+
+    def take(self, event: Event) -> None:
+        """Append one line."""
+        self._file.write(json.dumps(event, default=str) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
+    """Events in a JSON-lines file from byte `start` on, each with the byte after it.
+
+    A last line that is still being written is left for the next call.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            start += len(line)
+            yield json.loads(line), start
+
+
+class TensorBoard(Sink):
+    """Curves for TensorBoard: loss and throughput about twice a second, every validation."""
+
+    SECONDS = 0.5
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+        self._last = 0.0
+        self._waiting: Event | None = None
+
+    def take(self, event: Event) -> None:
+        """Draw what belongs into a curve."""
+        if event["kind"] == "step" and event["loss"] is not None:
+            self._waiting = event
+            if event["time"] - self._last >= self.SECONDS:
+                self._draw_step()
+        elif event["kind"] == "validation":
+            for name, value in event["values"].items():
+                self._writer.add_scalar(f"validation/{name}", value, event["step"])
+        elif event["kind"] == "end":
+            self._draw_step()
+
+    def _draw_step(self) -> None:
+        event = self._waiting
+        if event is None:
+            return
+        self._last, self._waiting = event["time"], None
+        seconds = event["seconds"] + event["data_seconds"]
+        for name, value in (
+            ("train/loss", event["loss"]),
+            ("train/samples_per_second", event["samples"] / seconds),
+            ("train/step_seconds", seconds),
+        ):
+            self._writer.add_scalar(name, value, event["step"])
+
+    def close(self) -> None:
+        """Write out and close."""
+        self._writer.close()

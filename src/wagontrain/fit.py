@@ -1,0 +1,315 @@
+"""`fit` and `connect`: training from a script, a notebook, or under torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import safetensors.torch
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from wagontrain import launch
+from wagontrain.errors import UsageError
+from wagontrain.events import Sink
+from wagontrain.folder import RunFolder
+from wagontrain.launch import Failure, Place
+from wagontrain.mesh import World
+from wagontrain.progress import Follower, Progress, result_lines
+from wagontrain.strategy import Strategy, make_strategy
+from wagontrain.task import Task, TaskSource, load_task, make_task
+from wagontrain.trainer import Run, train
+from wagontrain.transport import Context
+
+MOST_WORKERS_PER_CORE = 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended, and where its files are."""
+
+    summary: dict[str, Any]
+    run_dir: Path
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained weights, under the plain model's names."""
+        return safetensors.torch.load_file(RunFolder(self.run_dir).weights)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker has to know, as one file that the launching process writes.
+
+    Args:
+        kind: what to do: "train" or "trace".
+        strategy: name of the strategy.
+        settings: its settings.
+        overrides: fields of the task to replace.
+        task_file: `FILE:NAME` to load the task from; None where the task was pickled beside.
+        run_dir: the run's folder.
+        options: what else the kind of job needs.
+    """
+
+    kind: str
+    strategy: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    task_file: str | None = None
+    run_dir: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path, source: TaskSource) -> None:
+        """Leave the job in a folder that only this user can read.
+
+        A task from a script or a notebook travels by cloudpickle, which takes functions and
+        classes of `__main__` along; it goes to this user's own processes through this folder
+        and nowhere else.
+
+        Raises:
+            UsageError: the task cannot be pickled.
+        """
+        if self.task_file is None:
+            try:
+                (folder / "task.pkl").write_bytes(cloudpickle.dumps((source, sys.path)))
+            except Exception as error:  # pickling runs whatever the user's objects define
+                raise UsageError(
+                    f"the task cannot be sent to worker processes ({error}): put it into a file "
+                    "of its own and start it with `wagontrain run FILE`"
+                ) from error
+        (folder / "job.json").write_text(json.dumps(self.__dict__))
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """The job in a folder."""
+        return cls(**json.loads((folder / "job.json").read_text()))
+
+    def task(self, folder: Path) -> Task:
+        """The task to train."""
+        if self.task_file is not None:
+            return make_task(load_task(self.task_file), self.overrides)
+        source, paths = cloudpickle.loads((folder / "task.pkl").read_bytes())  # noqa: S301
+        sys.path.extend(path for path in paths if path not in sys.path)
+        return make_task(source, self.overrides)
+
+
+@contextlib.contextmanager
+def job_folder() -> Iterator[Path]:
+    """A folder for a job, which only this user can enter, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="wagontrain-") as name:
+        yield Path(name)
+
+
+def fit(
+    task: TaskSource,
+    strategy: str | Strategy = "data-parallel",
+    *,
+    workers: int | None = None,
+    run_dir: str | Path | None = None,
+    steps: int | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Train a task.
+
+    Under torchrun (or anything that sets its variables) this process takes its place among the
+    others. Elsewhere it trains here, or with `workers` > 1 in so many processes on this machine.
+
+    Args:
+        task: a `Task`, or a function that returns one (called in every worker).
+        strategy: name of a strategy, or one with settings.
+        workers: processes; where not given one for each GPU, or one.
+        run_dir: where the run's files go; a new folder in `runs/` where not given.
+        steps: stop after so many steps.
+        quiet: show nothing.
+
+    Raises:
+        UsageError: the request cannot be honoured; nothing was started.
+        TrainingError: training began and could not go on.
+    """
+    chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
+    return start(
+        task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label,
+        display=None if quiet else Progress(Console()),
+    )  # fmt: skip
+
+
+def start(
+    source: TaskSource,
+    strategy: Strategy,
+    *,
+    workers: int | None = None,
+    run_dir: str | Path | None = None,
+    steps: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    task_file: str | None = None,
+    label: str = "run",
+    display: Progress | None = None,
+) -> Result:
+    """Train a task here, or in processes of this machine; see `fit`."""
+    place = launch.place_from_environment()
+    if place is not None and workers not in (None, place.size):
+        raise UsageError(
+            f"{workers} workers were asked for in a job of {place.size} that torchrun started: "
+            "leave the number out"
+        )
+    count = place.size if place else workers or max(1, torch.cuda.device_count())
+    check_workers(count, place)
+    task = make_task(source, overrides)
+    if steps is not None and steps < 1:
+        raise UsageError(f"{steps} steps were asked for: give at least 1")
+    strategy.check(task, World(size=count))
+    if place is not None or count == 1:
+        with _one_voice(place) as voice:
+            return _train_here(task, strategy, place, run_dir, label, steps, display, voice)
+    del task  # its data would be held here as long as the workers train
+    folder = RunFolder.create(run_dir, label)
+    job = Job(
+        "train", strategy.name, strategy.settings, dict(overrides or {}), task_file,
+        str(folder.path), {"steps": steps},
+    )  # fmt: skip
+    display_ = display or Progress(Console(quiet=True))
+    with Follower(display_, folder.events, folder.logs / "rank0.log"):
+        run_job(job, source, count, folder.logs)
+    result = Result(folder.read_summary(), folder.path)
+    _show(result, display)
+    return result
+
+
+def check_workers(count: int, place: Place | None) -> None:
+    """Refuse numbers of workers that make no sense on one machine.
+
+    Raises:
+        UsageError: fewer than one, or many more than there are cores.
+    """
+    if count < 1:
+        raise UsageError(f"{count} workers were asked for: give at least 1")
+    most = MOST_WORKERS_PER_CORE * launch.cores()
+    if place is None and count > most:
+        raise UsageError(
+            f"{count} workers were asked for on a machine with {launch.cores()} cores: each "
+            f"would be starved; use at most {most}, better {launch.cores()}"
+        )
+
+
+def run_job(job: Job, source: TaskSource, workers: int, logs: Path) -> None:
+    """Run a job in `workers` processes of this machine, until all have ended well."""
+    with job_folder() as folder:
+        job.write(folder, source)
+        launch.start_workers(launch.worker_command(folder), workers, folder, logs)
+
+
+def train_job(job: Job, folder: Path, place: Place | None) -> None:
+    """The worker's side of a job of the kind "train"."""
+    strategy = make_strategy(job.strategy, job.settings)
+    context = launch.join(place)
+    assert job.run_dir is not None
+    run = Run(
+        job.task(folder), strategy, context, RunFolder(Path(job.run_dir)),
+        max_steps=job.options["steps"],
+    )  # fmt: skip
+    with run:
+        train(run)
+    launch.leave(context)
+
+
+def connect(
+    task: TaskSource,
+    strategy: str | Strategy = "data-parallel",
+    *,
+    run_dir: str | Path | None = None,
+    sinks: Sequence[Sink] = (),
+) -> Run:
+    """A run for a loop of one's own, in this process's place among torchrun's or alone.
+
+        run = wt.connect(task)
+        for batch in run.batches():
+            report = run.step(batch)
+        run.finish()
+
+    Args:
+        task: a `Task`, or a function that returns one.
+        strategy: name of a strategy, or one with settings.
+        run_dir: where the run's files go; none are kept where not given.
+        sinks: who takes the run's events on rank 0.
+
+    Raises:
+        UsageError: the request cannot be honoured.
+    """
+    chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    built = make_task(task)
+    context = launch.join(launch.place_from_environment())
+    keep = run_dir is not None and context.world.rank == 0
+    folder = RunFolder.create(run_dir, "run") if keep else None
+    return Run(built, chosen, context, folder, sinks)
+
+
+def _train_here(
+    task: Task,
+    strategy: Strategy,
+    place: Place | None,
+    run_dir: str | Path | None,
+    label: str,
+    steps: int | None,
+    display: Progress | None,
+    voice: _Voice,
+) -> Result:
+    first = place is None or place.rank == 0
+    folder = RunFolder.create(run_dir, label) if first else None
+    context = voice.context = launch.join(place)
+    sinks = [display] if display is not None and first else []
+    try:
+        run = Run(task, strategy, context, folder, sinks, steps)
+        with run:
+            summary = train(run)
+        where = context.gather_text(str(folder.path) if folder else "")[0]
+        launch.leave(context)
+    finally:
+        if display is not None:
+            display.close()
+    result = Result(summary, Path(where))
+    _show(result, display if first else None)
+    return result
+
+
+def _show(result: Result, display: Progress | None) -> None:
+    if display is not None:
+        for line in result_lines(result.summary, result.run_dir):
+            display.print(line)
+
+
+@dataclass
+class _Voice:
+    """Who speaks when several ranks fail; the store to settle it is there once they have met."""
+
+    context: Context | None = None
+
+    def is_first(self) -> bool:
+        """Whether no other rank has failed before; before they have met, each speaks."""
+        return self.context is None or self.context.first_to("fail")
+
+
+@contextlib.contextmanager
+def _one_voice(place: Place | None) -> Iterator[_Voice]:
+    """Under torchrun, let the rank that failed first speak and the others end quietly."""
+    voice = _Voice()
+    if place is None or place.size == 1:
+        yield voice
+        return
+    try:
+        yield voice
+    except Exception as error:
+        failure = Failure.of(place.rank, error)
+        first = voice.is_first()
+        if failure.kind == "crash" and first:
+            raise
+        if first:
+            print(f"wagontrain: rank {place.rank}: {failure.message}", file=sys.stderr, flush=True)
+        raise SystemExit(failure.exit_status) from None

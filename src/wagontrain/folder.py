@@ -1,0 +1,122 @@
+"""The files of a run.
+
+    RUN_DIR/plan.json               the strategy and its settings
+    RUN_DIR/events.jsonl            everything that happened, see `events`
+    RUN_DIR/summary.json            how it ended
+    RUN_DIR/checkpoints/            model.safetensors: the weights after the last whole epoch
+    RUN_DIR/tensorboard/            curves
+    RUN_DIR/logs/                   what each worker printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from wagontrain.errors import UsageError
+from wagontrain.events import JsonLines, Sink, TensorBoard
+
+_TAKEN = ("plan.json", "events.jsonl", "summary.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, label: str) -> RunFolder:
+        """Make the folder; without a path, `runs/LABEL-DATE-TIME`.
+
+        Raises:
+            UsageError: it holds a run already, is a file, or cannot be written.
+        """
+        if path is None:
+            folder = _fresh(Path("runs"), f"{label}-{time.strftime('%Y%m%d-%H%M%S')}")
+        else:
+            folder = Path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken = [name for name in _TAKEN if (folder / name).exists()]
+            if taken:
+                raise UsageError(
+                    f"run directory {str(folder)!r} already holds a run ({taken[0]}): give "
+                    "another --run-dir, or move that one away"
+                )
+            for name in ("checkpoints", "logs"):
+                (folder / name).mkdir(exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"run directory {str(folder)!r} cannot be made: {error.strerror}; give another "
+                "--run-dir"
+            ) from error
+        return cls(folder)
+
+    @property
+    def events(self) -> Path:
+        """The file of events."""
+        return self.path / "events.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """The folder of what workers printed."""
+        return self.path / "logs"
+
+    @property
+    def weights(self) -> Path:
+        """The trained weights, under the plain model's names."""
+        return self.path / "checkpoints" / "model.safetensors"
+
+    def sinks(self) -> list[Sink]:
+        """Where events of this run are kept."""
+        return [JsonLines(self.events), TensorBoard(self.path / "tensorboard")]
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """Keep what is going to be run."""
+        _write_json(self.path / "plan.json", plan)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Keep how it ended."""
+        _write_json(self.path / "summary.json", summary)
+
+    def read_summary(self) -> dict[str, Any]:
+        """How it ended."""
+        result: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
+        return result
+
+    def write_weights(self, state: Mapping[str, Any]) -> None:
+        """Keep a model's state; a crash at any moment leaves the one before whole."""
+        tensors: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensor = value.detach().cpu().contiguous()
+                # Tied weights share memory, which the format does not know: store both.
+                tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                seen.add(tensor.data_ptr())
+        part = self.weights.with_suffix(".part")
+        safetensors.torch.save_file(tensors, part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(self.weights)
+
+
+def _fresh(parent: Path, name: str) -> Path:
+    """`parent/name`, or with a number behind it where two runs start in the same second."""
+    candidates = [parent / name, *(parent / f"{name}-{number}" for number in range(2, 1000))]
+    return next(path for path in candidates if not path.exists())
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    part.replace(path)

@@ -1,0 +1,83 @@
+"""Where the workers of one machine meet, for torch.distributed.run's agent.
+
+torch's own rendezvous listens on all addresses of the machine; this one on loopback alone.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+from torch.distributed import PrefixStore, TCPStore
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
+
+ADDRESS = "127.0.0.1"
+
+
+class LoopbackRendezvous(RendezvousHandler):
+    """One agent, one store, on a free port of the loopback address."""
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._name = uuid.uuid4().hex
+        listener = socket.create_server((ADDRESS, 0))
+        self._port: int = listener.getsockname()[1]
+        # The store takes the listening socket over, and closes it when it goes.
+        self._store: TCPStore | None = TCPStore(
+            ADDRESS,
+            self._port,
+            is_master=True,
+            timeout=timeout,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+
+    def get_backend(self) -> str:
+        return "loopback"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        assert self._store is not None
+        store = PrefixStore(self._name, self._store)
+        return RendezvousInfo(store, 0, 1, RendezvousStoreInfo(ADDRESS, self._port))
+
+    def is_closed(self) -> bool:
+        return self._store is None
+
+    def set_closed(self) -> None:
+        self._store = None
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._name
+
+    def shutdown(self) -> bool:
+        self._store = None
+        return True
+
+
+class RankLogs(LogsSpecs):
+    """What each worker prints goes to `FOLDER/rank<r>.log`."""
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        folder = Path(self.root_log_dir)
+        files = {rank: str(folder / f"rank{rank}.log") for rank in envs}
+        errors = {rank: str(folder / f"rank{rank}.err") for rank in envs}
+        for rank in envs:
+            envs[rank]["TORCHELASTIC_ERROR_FILE"] = ""
+        return LogsDest(files, errors, {}, {}, {rank: "" for rank in envs}, "", "")
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._root_log_dir)

@@ -1,0 +1,347 @@
+"""Map-reduce: every worker holds the whole model and takes its share of every batch.
+
+    temp_j^(k) = Σ_{i in share k} ∂ loss_i / ∂ θ_j        each worker k on its own share (map)
+    θ_j := θ_j - α / B · Σ_k temp_j^(k)                    the sums added, divided once (reduce)
+
+Phases of a step: forward on the share; backward, in which DistributedDataParallel all-reduces
+each bucket of gradients as soon as it is full, while the backward of earlier layers goes on; the
+same update on every worker.
+
+Bytes sent per worker and step: 2 (N - 1) / N · P for P bytes of gradients and N workers.
+
+Limits: the whole model has to fit on every worker, and a large one takes long to exchange.
+
+Source: Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel
+Training" (VLDB), section 3.2 (buckets, overlap); Vogels et al. 2019, "PowerSGD" (compression).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from wagontrain.batches import Batch, Batches, Cut, MicroBatch
+from wagontrain.batchnorm import Participation, global_batch_norm
+from wagontrain.errors import ModelError, ReplicaError, UsageError
+from wagontrain.mesh import World
+from wagontrain.strategy import (
+    Evaluation,
+    Objective,
+    Runner,
+    StepReport,
+    StepTimes,
+    Strategy,
+    Update,
+    require_finite,
+)
+from wagontrain.task import Task, trainable
+from wagontrain.transport import (
+    Context,
+    Pending,
+    Stopwatch,
+    at_end_of_backward,
+    fingerprints,
+)
+
+_TRIAL_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class DataParallel(Strategy):
+    """Settings of map-reduce data parallelism.
+
+    Args:
+        shares: one number per worker, to which its share of every batch is proportional; equal
+            shares where it is not given.
+        bucket_mb: MiB of gradients that travel together.
+        compression: what gradients travel as. All but "none" lose digits: relaxed.
+        powersgd_rank: rank of the approximation with compression "powersgd".
+        find_unused_parameters: whether some step may leave a parameter without gradient. None
+            finds out with a trial step before training.
+    """
+
+    shares: tuple[float, ...] | None = None
+    bucket_mb: float = 25.0
+    compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
+    powersgd_rank: int = 1
+    find_unused_parameters: bool | None = None
+
+    name: ClassVar[str] = "data-parallel"
+    summary: ClassVar[str] = "whole model on every worker, gradients summed (map-reduce, DDP)"
+
+    def __post_init__(self) -> None:
+        if not self.bucket_mb > 0:
+            raise UsageError(f"bucket_mb is {self.bucket_mb}: give a number above 0")
+        if self.powersgd_rank < 1:
+            raise UsageError(f"powersgd_rank is {self.powersgd_rank}: give 1 or more")
+
+    @property
+    def exact(self) -> bool:
+        """True unless gradients are compressed."""
+        return self.compression == "none"
+
+    def check(self, task: Task, world: World) -> None:
+        """Refuse more workers than samples in a batch, and shares that are not one each.
+
+        Raises:
+            UsageError: one of these.
+        """
+        if world.size > task.batch_size:
+            raise UsageError(
+                f"{world.size} workers cannot share a batch of {task.batch_size}: some would "
+                f"never have a sample; use at most {task.batch_size} workers or a larger "
+                "batch_size"
+            )
+        if self.shares is not None:
+            Cut(0, world.size, self.shares).micro_batches(range(task.batch_size), task.accumulate)
+
+    def setup(self, task: Task, context: Context) -> DataParallelRunner:
+        """Build the model on every worker and join the copies with DistributedDataParallel."""
+        return DataParallelRunner(self, task, context)
+
+
+class DataParallelRunner(Runner):
+    """Map-reduce at work on one rank."""
+
+    def __init__(self, strategy: DataParallel, task: Task, context: Context) -> None:
+        self.task = task
+        self.context = context
+        self.cut = Cut(context.world.rank, context.world.size, strategy.shares)
+        self.model = task.build_model().to(context.world.device)
+        self.update = Update(task, self.model)
+        self.objective = Objective(task, context.world.device)
+        self._clock = Stopwatch(context.world.device)
+        self._before: _Marks | None = None
+        self._participation = Participation()
+        self._open = contextlib.ExitStack()
+        self._train: nn.Module = self.model
+        if context.group is not None:
+            self._train = self._distribute(strategy, context.group)
+        self.model.train()
+
+    def _distribute(
+        self, strategy: DataParallel, group: dist.ProcessGroup
+    ) -> DistributedDataParallel:
+        unused = strategy.find_unused_parameters
+        if unused is None:
+            unused = bool(self._unused_in_trial())
+        device = self.context.world.device
+        distributed = DistributedDataParallel(
+            self.model,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=group,
+            bucket_cap_mb=strategy.bucket_mb,  # type: ignore[arg-type]  any number will do
+            find_unused_parameters=unused,
+            # Gradients live in the buckets: one copy less per step, and one less in memory.
+            gradient_as_bucket_view=True,
+            # Batch norm keeps equal running statistics by itself; other buffers are compared
+            # (check_replicas) rather than overwritten with those of rank 0.
+            broadcast_buffers=False,
+        )
+        if strategy.compression == "powersgd":
+            state = powerSGD_hook.PowerSGDState(
+                group, matrix_approximation_rank=strategy.powersgd_rank, start_powerSGD_iter=10
+            )
+            distributed.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        elif strategy.compression != "none":
+            distributed.register_comm_hook(group, _COMPRESSION_HOOKS[strategy.compression])
+        side = self.context.side
+        assert side is not None
+        self._open.enter_context(global_batch_norm(self.model, side, self._participation))
+        # Dropout and the like must not draw the same numbers on every rank.
+        torch.manual_seed(self.task.seed + 1 + self.context.world.rank)
+        return distributed
+
+    def _unused_in_trial(self) -> list[str]:
+        """Names of parameters without gradient after a backward on a few samples.
+
+        It runs on a second model, so that the first one's buffers and state stay untouched,
+        and on every rank: a model that fails does so here, before anything is exchanged.
+        """
+        device = self.context.world.device
+        few = dataclasses.replace(
+            self.task,
+            batch_size=min(_TRIAL_SAMPLES, self.task.batch_size),
+            accumulate=1,
+            shuffle=False,
+            loader_workers=0,
+        )
+        batch = next(Batches.of_training(few, device).epoch(0))
+        model = self.task.build_model().to(device).train()
+        with torch.random.fork_rng():
+            loss = Objective(self.task, device)(model, batch.micro_batches[0])
+            loss.backward()  # type: ignore[no-untyped-call]
+        return [name for name, parameter in trainable(model) if parameter.grad is None]
+
+    def step(self, batch: Batch) -> StepReport:
+        """Forward and backward on this rank's share, gradients summed on the way, one update."""
+        began = time.perf_counter()
+        if not self.model.training:
+            self.model.train()
+        marks = _Marks(self._clock)
+        sent = self.context.sent.total()
+        weights = [self.objective.weight(micro) for micro in batch.micro_batches]
+        # What one sample counts for has to be known before the first backward, not before.
+        counted = self._count_later(weights)
+        total = float(batch.total)
+        loss_sum = torch.zeros((), device=self.context.world.device)
+        last = len(weights) - 1
+        for number, (micro, weight) in enumerate(zip(batch.micro_batches, weights, strict=True)):
+            with self._exchange(number == last):
+                loss = self._loss(micro, weight)
+                if number == 0 and counted is not None:
+                    total = sum(row[0] for row in counted.result())
+                    _require_weight(total, batch)
+                loss_sum = loss_sum + loss.detach() * weight if weight else loss_sum
+                if number == last:
+                    figures = torch.stack([loss_sum.double(), *self._times_before()])
+                    gathered = self.context.gather_later(figures)
+                    loss.register_hook(marks.ready_at_end)
+                # DistributedDataParallel divides what it sums by the number of workers.
+                loss.backward(loss.new_tensor(weight / total * self.cut.size))  # type: ignore[no-untyped-call]
+        marks.exchanged = self._clock.mark()
+        rows = gathered.result()
+        require_finite([row[0] for row in rows], batch, self.cut)
+        self.update.apply()
+        marks.stop = self._clock.mark()
+        before = None
+        if self._before is not None:
+            before = StepTimes(tuple(row[1] for row in rows), tuple(row[2] for row in rows))
+        self._before = marks
+        return StepReport(
+            step=batch.step,
+            epoch=batch.epoch,
+            samples=batch.total,
+            loss=sum(row[0] for row in rows) / total,
+            seconds=time.perf_counter() - began,
+            sent=self.context.sent.since(sent),
+            before=before,
+        )
+
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Loss and metrics on this rank's share; ranks without samples have nothing to do."""
+        if self.model.training:
+            self.model.eval()
+        return self.objective.evaluate(self.model, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Full state; every rank holds all of it."""
+        return {"model": self.model.state_dict(), **self.update.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a full state; to be called on every rank."""
+        self.model.load_state_dict(state["model"])
+        self.update.load_state_dict(state)
+
+    def check_replicas(self) -> None:
+        """Compare all parameters and buffers of all ranks, bit by bit.
+
+        Raises:
+            ReplicaError: naming the first that differs and the ranks.
+        """
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        rows = self.context.gather_integers(fingerprints(value for _, value in named))
+        for index, (name, value) in enumerate(named):
+            differing = [rank for rank, row in enumerate(rows) if row[index] != rows[0][index]]
+            if differing:
+                kind = "parameter" if isinstance(value, nn.Parameter) else "buffer"
+                raise ReplicaError(
+                    f"{kind} {name!r} of rank {differing[0]} is no longer that of rank 0: the "
+                    "model changes it by something that differs between workers (its own samples, "
+                    "random numbers, the clock), which training on one process would not do"
+                )
+
+    def close(self) -> None:
+        """Take batch norm and DistributedDataParallel off the model again."""
+        self._open.close()
+        self._train = self.model
+
+    def _loss(self, micro: MicroBatch, weight: float) -> Tensor:
+        self._participation.counts = micro.count > 0
+        if weight == 0:
+            # Zero times the loss would not do: a mean over nothing is not a number.
+            with self.objective.precision():
+                return _nothing(self.objective.forward(self._train, micro))
+        return self.objective(self._train, micro)
+
+    def _count_later(self, weights: list[float]) -> Pending | None:
+        if self.task.weight is None:
+            return None
+        return self.context.gather_later([sum(weights)])
+
+    def _times_before(self) -> tuple[Tensor, Tensor]:
+        compute, exposed = (0.0, 0.0) if self._before is None else self._before.seconds()
+        device = self.context.world.device
+        return (
+            torch.tensor(compute, dtype=torch.float64, device=device),
+            torch.tensor(exposed, dtype=torch.float64, device=device),
+        )
+
+    def _exchange(self, now: bool) -> contextlib.AbstractContextManager[None]:
+        """Exchange gradients with this backward, or only add them up."""
+        if now or not isinstance(self._train, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self._train.no_sync()
+
+
+@dataclass
+class _Marks:
+    """Times of one step on the device: begin, last local gradient, end of exchange, end."""
+
+    clock: Stopwatch
+    start: Any = None
+    ready: Any = None
+    exchanged: Any = None
+    stop: Any = None
+
+    def __post_init__(self) -> None:
+        self.start = self.clock.mark()
+
+    def ready_at_end(self, gradient: Tensor) -> None:
+        """Hook on the loss: mark `ready` when the last local gradient is there."""
+        at_end_of_backward(self._mark_ready)
+
+    def _mark_ready(self) -> None:
+        self.ready = self.clock.mark()
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of computing, and of exchange that computing did not hide."""
+        exposed = self.clock.between(self.ready, self.exchanged)
+        return self.clock.between(self.start, self.stop) - exposed, exposed
+
+
+_COMPRESSION_HOOKS = {
+    "bf16": default_hooks.bf16_compress_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+}
+
+
+def _nothing(output: Any) -> Tensor:
+    """A loss of zero that every tensor of the output takes part in."""
+    tensors = [
+        value
+        for value in pytree.tree_leaves(output)
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
+    if not tensors:
+        raise ModelError("the model's output holds no tensor that depends on its parameters")
+    return torch.stack([(value * 0).sum().float() for value in tensors]).sum()
+
+
+def _require_weight(total: float, batch: Batch) -> None:
+    if not total > 0:
+        raise ModelError(
+            f"the weights of all samples of step {batch.step} add up to {total}: a mean over "
+            "them does not exist; leave such samples out or give them a weight"
+        )

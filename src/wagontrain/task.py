@@ -1,0 +1,323 @@
+"""What to train: one model, its loss, optimizer and data. A task knows nothing of machines."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import random
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from wagontrain.errors import TaskError, UsageError, nearest
+
+Precision = Literal["float32", "bfloat16"]
+Measure = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to train.
+
+    Args:
+        model: zero-argument callable that returns the module; it is called with torch seeded by
+            `seed`, on every worker.
+        loss: `(output, target) -> scalar tensor`, the **mean** over the samples given.
+        optimizer: `parameters -> torch.optim.Optimizer`, for instance a `functools.partial`.
+        train: map-style dataset of `(input, target)`; an input is a tensor, a tuple
+            (`model(*input)`) or a dict (`model(**input)`).
+        batch_size: samples of one step over **all** workers together (the global batch).
+        epochs: passes over `train`.
+        validation: map-style dataset like `train`, measured after every epoch, each sample once.
+        metrics: name -> `(output, target) -> mean over the samples given`, for validation.
+        seed: fixes initial weights and the order of samples.
+        scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step.
+        clip_grad_norm: largest 2-norm of the whole gradient; larger ones are scaled down to it.
+        precision: "bfloat16" runs forward and loss under `torch.autocast`.
+        accumulate: number of micro-batches that a global batch is cut into, one after the other.
+        weight: `target -> number`, what the samples given count for when `loss` and `metrics`
+            are means over something else than samples (say, the tokens that are not padding).
+        collate: list of samples -> batch, as in `torch.utils.data.DataLoader`.
+        shuffle: new order of samples every epoch; False keeps the dataset's own.
+        loader_workers: data-loading processes per worker; 0 loads in the worker itself.
+
+    Raises:
+        TaskError: a field cannot be trained with; the message says which and why.
+    """
+
+    model: Callable[[], nn.Module]
+    loss: Measure
+    optimizer: Callable[..., Optimizer]
+    train: Dataset[Any]
+    batch_size: int
+    epochs: int = 1
+    validation: Dataset[Any] | None = None
+    metrics: Mapping[str, Measure] = field(default_factory=dict)
+    seed: int = 0
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    clip_grad_norm: float | None = None
+    precision: Precision = "float32"
+    accumulate: int = 1
+    weight: Callable[[Any], Any] | None = None
+    collate: Callable[[list[Any]], Any] | None = None
+    shuffle: bool = True
+    loader_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("model", "loss", "optimizer"):
+            if not callable(getattr(self, name)):
+                raise TaskError(
+                    f"Task.{name} is {getattr(self, name)!r}, which cannot be called: "
+                    f"give {_EXPECTED[name]}"
+                )
+        if isinstance(self.model, nn.Module):
+            raise TaskError(
+                "Task.model is a module that already exists: give the class or a function that "
+                "builds it, so that every worker can build its own from the same seed"
+            )
+        samples = _length(self.train, "train")
+        if self.validation is not None:
+            _length(self.validation, "validation")
+        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulate", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise TaskError(f"Task.{name} is {value!r}: give a whole number from {least} on")
+        if self.loader_workers < 0:
+            raise TaskError(f"Task.loader_workers is {self.loader_workers}: give 0 or more")
+        if self.batch_size > samples:
+            raise TaskError(
+                f"Task.batch_size is {self.batch_size}, but the data set has {samples} samples: "
+                f"give at most {samples}"
+            )
+        if self.accumulate > self.batch_size:
+            raise TaskError(
+                f"Task.accumulate cuts a batch of {self.batch_size} into {self.accumulate} "
+                f"micro-batches: give at most {self.batch_size}"
+            )
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise TaskError(f"Task.clip_grad_norm is {self.clip_grad_norm}: give a number above 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise TaskError(f"Task.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
+        if "loss" in self.metrics:
+            raise TaskError("Task.metrics has an entry 'loss', which is reported anyway: rename it")
+
+    @property
+    def samples(self) -> int:
+        """Number of training samples in one epoch."""
+        return _length(self.train, "train")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch; the last one may have fewer samples."""
+        return -(-self.samples // self.batch_size)
+
+    def build_model(self) -> nn.Module:
+        """Build the model from the task's seed; the caller's random state is left as it was.
+
+        Raises:
+            TaskError: the model is not an `nn.Module`, has lazy or no trainable parameters.
+        """
+        python_state = random.getstate()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            random.seed(self.seed)
+            model = self.model()
+        random.setstate(python_state)
+        if not isinstance(model, nn.Module):
+            raise TaskError(f"Task.model returned {type(model).__name__}: return an nn.Module")
+        parameters = list(model.parameters())
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in parameters):
+            raise TaskError(
+                "the model has lazy layers whose shapes are not known yet: give their input "
+                "sizes, or run one forward in the function that builds the model"
+            )
+        if not any(parameter.requires_grad for parameter in parameters):
+            raise TaskError("the model has no parameter with requires_grad: nothing to train")
+        return model
+
+    def build_optimizer(self, model: nn.Module) -> Optimizer:
+        """Build the optimizer over the model's parameters.
+
+        Raises:
+            TaskError: it is not an optimizer, or one that calls the model by itself (LBFGS).
+        """
+        optimizer = self.optimizer(model.parameters())
+        if not isinstance(optimizer, Optimizer):
+            raise TaskError(
+                f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
+                "optimizer, for instance partial(torch.optim.SGD, lr=0.1)"
+            )
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TaskError(
+                "torch.optim.LBFGS evaluates the model several times per step, which a step on "
+                "one batch cannot give it: use a first-order optimizer such as SGD or Adam"
+            )
+        return optimizer
+
+    def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
+        """Build the learning-rate scheduler, if the task has one.
+
+        Raises:
+            TaskError: it needs a metric to step, as ReduceLROnPlateau does.
+        """
+        if self.scheduler is None:
+            return None
+        scheduler = self.scheduler(optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise TaskError(
+                "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
+                "optimizer step: use a schedule of the step number, such as OneCycleLR"
+            )
+        if not isinstance(scheduler, LRScheduler):
+            raise TaskError(
+                f"Task.scheduler returned {type(scheduler).__name__}: return a scheduler of "
+                "torch.optim.lr_scheduler"
+            )
+        return scheduler
+
+
+_EXPECTED = {
+    "model": "the module's class or a function that builds it",
+    "loss": "a function (output, target) -> mean loss",
+    "optimizer": "a function of the parameters, such as partial(torch.optim.SGD, lr=0.1)",
+}
+
+
+def _length(dataset: object, name: str) -> int:
+    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        raise TaskError(
+            f"Task.{name} ({type(dataset).__name__}) has no length or cannot be indexed: which "
+            "samples a step sees has to be known beforehand; give a map-style dataset with "
+            "__len__ and __getitem__"
+        )
+    try:
+        length = len(dataset)
+    except TypeError as error:
+        raise TaskError(f"Task.{name} ({type(dataset).__name__}) has no length: {error}") from error
+    if length == 0:
+        raise TaskError(f"Task.{name} is empty: give at least one sample")
+    return length
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """`model(inputs)`, `model(*inputs)` or `model(**inputs)`, by what the inputs are."""
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def place(value: Any, device: torch.device) -> Any:
+    """The same nest of tuples, lists and dicts with every tensor on `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: place(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(place(item, device) for item in value))
+    if isinstance(value, tuple | list):
+        return type(value)(place(item, device) for item in value)
+    return value
+
+
+def describe(value: Any) -> str:
+    """Shapes of a nest of tensors, for messages: `[128, 1, 28, 28]`."""
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return type(value).__name__
+
+
+TaskSource = Task | Callable[[], Task]
+
+
+def make_task(source: TaskSource, overrides: Mapping[str, Any] | None = None) -> Task:
+    """The task that `source` is or builds, with the given fields replaced.
+
+    Raises:
+        TaskError: `source` builds something else, or a replaced field is not acceptable.
+    """
+    task = source() if callable(source) else source
+    if not isinstance(task, Task):
+        raise TaskError(
+            f"{getattr(source, '__name__', source)!r} gave {type(task).__name__}: "
+            "give a wagontrain.Task, or a function that returns one"
+        )
+    return dataclasses.replace(task, **overrides) if overrides else task
+
+
+def load_task(spec: str) -> TaskSource:
+    """Load `FILE[:NAME]`: the task or task-building function called NAME (default `task`).
+
+    The file's folder is put first on `sys.path`, as Python does for a script.
+
+    Raises:
+        UsageError: no such file, it cannot be imported, or it has no such name.
+    """
+    file, _, name = spec.partition(":")
+    name = name or "task"
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise UsageError(f"task file {file!r} does not exist: give the path of a Python file")
+    module_name = f"wagontrain_task_{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise UsageError(f"task file {file!r} is not a Python file: give one that ends in .py")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001  whatever the user's file raises is theirs to read
+        raise UsageError(f"task file {file!r} could not be imported: {origin(error)}") from error
+    if not hasattr(module, name):
+        tasks = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, Task) or getattr(value, "__annotations__", {}).get("return")
+        ]
+        raise UsageError(
+            f"{file} has no {name!r}: define a function {name}() that returns a wagontrain.Task, "
+            f"or name another with FILE:NAME; {nearest(name, tasks)}"
+        )
+    source: TaskSource = getattr(module, name)
+    if not callable(source) and not isinstance(source, Task):
+        raise UsageError(f"{name!r} in {file} is {type(source).__name__}: make it a wagontrain.Task")
+    return source
+
+
+def origin(error: BaseException) -> str:
+    """One line on an exception: its type, its text, and the last place outside torch."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = Path(__file__).parent
+    users = [
+        frame
+        for frame in frames
+        if "site-packages" not in frame.filename
+        and own not in Path(frame.filename).parents
+        and not frame.filename.startswith("<frozen")
+    ]
+    place_ = f" ({users[-1].filename}:{users[-1].lineno})" if users else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}{place_}"
+
+
+def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained; a tied parameter comes once."""
+    return ((name, value) for name, value in model.named_parameters() if value.requires_grad)

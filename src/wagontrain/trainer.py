@@ -1,0 +1,288 @@
+"""A run: one task, one strategy, one rank's place in the job; and the loop over it.
+
+`train` is the whole loop. Whoever wants a loop of their own drives the same `Run`.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from wagontrain.batches import Batch, Batches
+from wagontrain.errors import UsageError
+from wagontrain.events import Events, Sink
+from wagontrain.folder import RunFolder
+from wagontrain.strategy import StepReport, Strategy
+from wagontrain.task import Task
+from wagontrain.transport import Context
+from wagontrain.version import VERSION
+
+STEPS_BETWEEN_SAVES = 20
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train to the end, with a validation after every epoch; returns the summary."""
+    for epoch in run.epochs():
+        for batch in run.batches(epoch):
+            run.step(batch)
+        run.validate()
+        if run.due(epoch):
+            run.check_replicas()
+            run.save_weights()
+    return run.finish()
+
+
+class Run:
+    """One rank's side of a training run.
+
+    Args:
+        task: what to train.
+        strategy: how to distribute it.
+        context: this rank's place in the job.
+        folder: where rank 0 keeps the run's files; None keeps nothing.
+        sinks: who else takes events on rank 0.
+        max_steps: stop after so many steps even if epochs are left.
+
+    Raises:
+        UsageError: the strategy refuses the task or the world.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        strategy: Strategy,
+        context: Context,
+        folder: RunFolder | None = None,
+        sinks: Sequence[Sink] = (),
+        max_steps: int | None = None,
+    ) -> None:
+        if max_steps is not None and max_steps < 1:
+            raise UsageError(f"{max_steps} steps were asked for: give at least 1")
+        strategy.check(task, context.world)
+        self.task = task
+        self.strategy = strategy
+        self.context = context
+        self.folder = folder if context.world.rank == 0 else None
+        self.runner = strategy.setup(task, context)
+        context.sent.refresh()
+        device, cut = context.world.device, self.runner.cut
+        self.training = Batches.of_training(task, device, cut)
+        self.validation = Batches.of_validation(task, device, cut)
+        self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
+        self.step_count = 0
+        self.values: dict[str, float] = {}
+        self._hosts = context.gather_text(socket.gethostname())
+        own = self.folder.sinks() if self.folder else []
+        self._events = Events([*own, *sinks] if context.world.rank == 0 else [])
+        self._data_seconds = 0.0
+        self._training_seconds = 0.0
+        self._samples = 0
+        self._epoch_loss = _Mean()
+        self._began = time.perf_counter()
+        self._announce()
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's own module, as trained so far."""
+        return self.runner.model
+
+    def epochs(self) -> Iterator[int]:
+        """Numbers of the epochs that are left."""
+        while self.step_count < self.steps:
+            yield self.step_count // self.task.steps_per_epoch
+
+    def batches(self, epoch: int | None = None) -> Iterator[Batch]:
+        """This rank's batches that are left: of one epoch, or of all."""
+        if epoch is None:
+            for number in self.epochs():
+                yield from self.batches(number)
+            return
+        first = self.step_count - epoch * self.task.steps_per_epoch
+        loaded = self.training.epoch(epoch, first)
+        self._epoch_loss = _Mean()
+        while self.step_count < self.steps:
+            began = time.perf_counter()
+            batch = next(loaded, None)
+            self._data_seconds = time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, batch: Batch) -> StepReport:
+        """One optimizer step; returns what it was.
+
+        Raises:
+            TrainingError: the model failed, or the loss is not finite.
+        """
+        report = self.runner.step(batch)
+        self.step_count = batch.step + 1
+        self._samples += report.samples
+        self._training_seconds += report.seconds + self._data_seconds
+        if report.loss is not None:
+            self._epoch_loss.add(report.loss, report.samples)
+        self._events.send(
+            "step",
+            step=report.step,
+            epoch=report.epoch,
+            samples=report.samples,
+            loss=report.loss,
+            seconds=report.seconds,
+            data_seconds=self._data_seconds,
+            sent=report.sent,
+            **({} if report.staleness is None else {"staleness": report.staleness}),
+        )
+        if report.before is not None:
+            self._events.send(
+                "times",
+                step=report.step - 1,
+                compute=report.before.compute,
+                exchange=report.before.exchange,
+                waiting=report.before.waiting,
+            )
+        if self.step_count == 1:
+            self.check_replicas()
+        return report
+
+    def validate(self) -> dict[str, float]:
+        """Loss and metrics over the validation data, each sample counted once on some rank."""
+        if self.validation is None:
+            return {}
+        names = ["loss", *self.task.metrics]
+        weight, sums = 0.0, dict.fromkeys(names, 0.0)
+        for batch in self.validation.epoch(0):
+            evaluation = self.runner.evaluate(batch)
+            weight += evaluation.weight
+            for name, value in evaluation.sums.items():
+                sums[name] += value
+        total, *totals = self.context.sum([weight, *(sums[name] for name in names)])
+        self.values = {name: value / total for name, value in zip(names, totals, strict=True)}
+        self._events.send(
+            "validation",
+            epoch=max(0, self.step_count - 1) // self.task.steps_per_epoch,
+            step=self.step_count,
+            values=self.values,
+        )
+        return self.values
+
+    def due(self, epoch: int) -> bool:
+        """Whether to check and save after this epoch: always after the last one.
+
+        Epochs of a few steps are taken together; every rank has to decide alike, so it goes by
+        steps and not by the clock.
+        """
+        every = max(1, STEPS_BETWEEN_SAVES // self.task.steps_per_epoch)
+        return self.step_count >= self.steps or (epoch + 1) % every == 0
+
+    def check_replicas(self) -> None:
+        """Raise ReplicaError where tensors that must be equal on several ranks are not."""
+        self.runner.check_replicas()
+
+    def save_weights(self) -> None:
+        """Write the model's weights into the run directory; every rank has to call this."""
+        state = self.runner.state_dict()["model"]
+        if self.folder is not None:
+            self.folder.write_weights(state)
+
+    def finish(self) -> dict[str, Any]:
+        """End the run: gather, write and return the summary, and let go of everything."""
+        summary = self._summary()
+        if self.folder is not None:
+            self.folder.write_summary(summary)
+        self._events.send("end", summary=summary)
+        self.close()
+        return summary
+
+    def close(self) -> None:
+        """Let go of everything without a summary."""
+        self._events.close()
+        self.runner.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
+        if kind is not None:
+            self._events.send("failed", message=f"{kind.__name__}: {details[0]}")
+            self._events.close()
+
+    def _announce(self) -> None:
+        world = self.context.world
+        description = {
+            "strategy": self.strategy.name,
+            "settings": self.strategy.settings,
+            "exact": self.strategy.exact,
+            "world_size": world.size,
+            "hosts": sorted(set(self._hosts)),
+        }
+        if self.folder is not None:
+            self.folder.write_plan(description)
+        self._events.send(
+            "start",
+            **description,
+            device=world.device.type,
+            threads=world.threads,
+            epochs=self.task.epochs,
+            steps=self.steps,
+            steps_per_epoch=self.task.steps_per_epoch,
+            batch_size=self.task.batch_size,
+            samples=self.task.samples,
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        sent = self.context.sent.total()
+        rows = self.context.gather_integers([-1 if sent is None else sent, _peak_memory(self)])
+        counted = all(row[0] >= 0 for row in rows)
+        return {
+            "strategy": self.strategy.name,
+            "settings": self.strategy.settings,
+            "exact": self.strategy.exact,
+            "world_size": self.context.world.size,
+            "hosts": sorted(set(self._hosts)),
+            "steps": self.step_count,
+            "samples": self._samples,
+            "seconds": time.perf_counter() - self._began,
+            "samples_per_second": self._samples / max(self._training_seconds, 1e-9),
+            "train_loss": self._epoch_loss.value,
+            "validation": self.values,
+            "bytes_sent_per_rank": [row[0] for row in rows] if counted else None,
+            "peak_memory_per_rank": [row[1] for row in rows],
+            "predicted": None,
+            "versions": {
+                "wagontrain": VERSION,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+class _Mean:
+    """A running mean over samples."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._weight = 0
+
+    def add(self, value: float, weight: int) -> None:
+        self._sum += value * weight
+        self._weight += weight
+
+    @property
+    def value(self) -> float | None:
+        return self._sum / self._weight if self._weight else None
+
+
+def _peak_memory(run: Run) -> int:
+    """Most bytes in use so far: of the GPU where there is one, else resident in the process."""
+    device = run.context.world.device
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

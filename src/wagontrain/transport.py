@@ -1,0 +1,251 @@
+"""What ranks say to each other outside the strategies' own exchanges, and what that cost.
+
+A `Context` is one rank's place in a running job: the world, the process group that a strategy
+exchanges over, and a second small group for figures (losses, timings, batch statistics), so that
+a few bytes do not queue behind a gradient bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wagontrain.mesh import World
+
+_TEXT_BYTES = 256
+_TCP_INFO_BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (Linux 4.19 and later)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Figures on their way from all ranks; `result()` waits for them."""
+
+    _finish: Callable[[], list[list[float]]]
+
+    def result(self) -> list[list[float]]:
+        """One list of figures per rank."""
+        return self._finish()
+
+
+@dataclass(frozen=True)
+class Context:
+    """One rank's place in a running job.
+
+    Args:
+        world: ranks and devices.
+        group: the process group strategies exchange over; None in a world of one.
+        side: the process group for figures; None in a world of one.
+        sent: what this process has sent.
+        store: the store at which the ranks met; None in a world of one.
+    """
+
+    world: World = field(default_factory=World)
+    group: dist.ProcessGroup | None = None
+    side: dist.ProcessGroup | None = None
+    sent: SentBytes = field(default_factory=lambda: SentBytes())
+    store: dist.Store | None = None
+
+    def first_to(self, deed: str) -> bool:
+        """Whether no rank has asked this for the same deed before. Waits for nobody."""
+        return self.store is None or self.store.add(f"wagontrain/first-to/{deed}", 1) == 1
+
+    def gather_later(self, figures: Sequence[float] | Tensor) -> Pending:
+        """Start collecting every rank's figures (as float64); all ranks give equally many.
+
+        A tensor of shape [figures] on the world's device is taken without waiting for it.
+        """
+        local = torch.as_tensor(figures, dtype=torch.float64, device=self.world.device)
+        if self.side is None:
+            return Pending(lambda: [local.tolist()])
+        return self._gather(local)
+
+    def gather(self, figures: Sequence[float]) -> list[list[float]]:
+        """Every rank's figures (as float64), one list per rank."""
+        return self.gather_later(figures).result()
+
+    def sum(self, figures: Sequence[float]) -> list[float]:
+        """Element by element the sum over ranks, added in rank order on every rank."""
+        return [sum(column) for column in zip(*self.gather(figures), strict=True)]
+
+    def gather_integers(self, integers: Sequence[int]) -> list[list[int]]:
+        """Every rank's 64-bit integers, exactly."""
+        if self.side is None:
+            return [list(integers)]
+        local = torch.tensor(integers, dtype=torch.int64, device=self.world.device)
+        return [list(map(int, row)) for row in self._gather(local).result()]
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, cut to 255 bytes of UTF-8. No pickle, unlike all_gather_object."""
+        raw = text.encode()[: _TEXT_BYTES - 1].ljust(_TEXT_BYTES, b"\0")
+        return [
+            bytes(row).rstrip(b"\0").decode(errors="ignore")
+            for row in self.gather_integers(list(raw))
+        ]
+
+    def barrier(self) -> None:
+        """Return when every rank has come here."""
+        self.gather([0.0])
+
+    def _gather(self, local: Tensor) -> Pending:
+        rows = [torch.empty_like(local) for _ in range(self.world.size)]
+        work: Any = dist.all_gather(rows, local, group=self.side, async_op=True)
+        if local.device.type != "cuda":
+
+            def finish() -> list[list[float]]:
+                work.wait()
+                return [row.tolist() for row in rows]
+
+            return Pending(finish)
+        # On a GPU the figures are copied out on a stream of their own: reading them then waits
+        # for the forward that made them, and not for a backward that was queued after it.
+        stream = torch.cuda.Stream(local.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            work.wait()
+            host = torch.stack(rows).to("cpu", non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+
+        def finish_copy() -> list[list[float]]:
+            copied.synchronize()
+            result: list[list[float]] = host.tolist()
+            return result
+
+        return Pending(finish_copy)
+
+
+def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
+    """One integer per tensor that differs when any bit of it differs, save by rare accident.
+
+    The sum of the tensor's bit patterns read as integers: exact, order-free, one pass.
+    """
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    result = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).reshape(-1)
+        bits = flat.view(kinds[flat.element_size()])
+        result.append(int(bits.sum(dtype=torch.int64)) + flat.numel())
+    return result
+
+
+class SentBytes:
+    """Bytes that this process has sent over TCP, as the kernel counted them.
+
+    Gloo talks over TCP also within one machine, so this is what really travelled: payload,
+    headers of Gloo's own and retransmissions. NCCL's shared memory and InfiniBand are not seen.
+
+    The sockets found at `refresh` are counted; `total` is then a few system calls. None where
+    the kernel does not say (other than Linux).
+    """
+
+    def __init__(self) -> None:
+        self._sockets: dict[int, socket.socket] = {}
+        self._base = 0
+        self.refresh()
+        self._base = self._count() or 0
+
+    def refresh(self) -> None:
+        """Find the TCP sockets that were opened since."""
+        folder = "/proc/self/fd"
+        if not os.path.isdir(folder):  # noqa: PTH112  called often; a Path costs more than it tells
+            return
+        own = {sock.fileno() for sock in self._sockets.values()}
+        for name in os.listdir(folder):
+            descriptor = int(name)
+            if descriptor in own:
+                continue
+            with contextlib.suppress(OSError):
+                status = os.fstat(descriptor)
+                if stat.S_ISSOCK(status.st_mode) and status.st_ino not in self._sockets:
+                    copy = socket.socket(fileno=os.dup(descriptor))
+                    if copy.type == socket.SOCK_STREAM and copy.family in _INTERNET:
+                        self._sockets[status.st_ino] = copy
+                    else:
+                        copy.close()
+
+    def total(self) -> int | None:
+        """Bytes sent since this object was made."""
+        count = self._count()
+        return None if count is None else count - self._base
+
+    def since(self, earlier: int | None) -> int | None:
+        """Bytes sent since `total` gave `earlier`."""
+        now = self.total()
+        return None if now is None or earlier is None else now - earlier
+
+    def close(self) -> None:
+        """Let go of the sockets."""
+        for sock in self._sockets.values():
+            sock.close()
+        self._sockets.clear()
+
+    def _count(self) -> int | None:
+        if not hasattr(socket, "TCP_INFO"):
+            return None
+        total = 0
+        for sock in self._sockets.values():
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            if len(info) < _TCP_INFO_BYTES_SENT + 8:
+                return None
+            total += struct.unpack_from("Q", info, _TCP_INFO_BYTES_SENT)[0]
+        return total
+
+
+_INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+class Stopwatch:
+    """Time marks on the device: CUDA events where there is a GPU, the clock elsewhere.
+
+    Reading the marks of a step while the next one runs keeps the GPU from waiting for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        """Now, on the device's own time line."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, stop: Any) -> float:
+        """Seconds from one mark to another."""
+        if not self._cuda:
+            return float(stop - start)
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """From a gradient hook: call `callback` when the last local gradient is ready.
+
+    That is before DistributedDataParallel waits for its exchanges: it queues its own callback
+    later, when the last bucket is ready, and the engine runs them in turn.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another rank cannot be reached."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_PEER)
+
+
+_LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")

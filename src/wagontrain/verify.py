@@ -1,0 +1,300 @@
+"""Whether a strategy trains the user's own task as one process would.
+
+Both train for a few steps from the same weights, on a stretch that crosses the end of an epoch,
+so that the last, smaller batch is among them. By default both compute in float64, where
+rounding is too small to look like a mistake or to hide one; dropout is off, because no two
+ways of dividing a batch draw the same masks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+from torch.utils.data import default_collate
+
+from wagontrain import launch
+from wagontrain.errors import UsageError
+from wagontrain.fit import Job, check_workers, job_folder, run_job
+from wagontrain.folder import RunFolder
+from wagontrain.launch import Place
+from wagontrain.mesh import World
+from wagontrain.reference import Trace, stretch, train_plainly
+from wagontrain.strategy import Strategy, make_strategy
+from wagontrain.task import Task, TaskSource, make_task
+from wagontrain.trainer import Run
+from wagontrain.transport import Context
+
+Dtype = Literal["float64", "float32", "bfloat16"]
+
+TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 1e-1}
+"""Largest deviation that rounding explains, relative to the tensor's largest element or 1."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How far a strategy strayed from one process.
+
+    Deviations are the largest absolute difference of a tensor, divided by the larger of 1 and
+    the tensor's largest absolute value; the largest of all tensors or steps is given.
+    """
+
+    strategy: str
+    settings: Mapping[str, Any]
+    exact: bool
+    workers: int
+    steps: int
+    dtype: str
+    tolerance: float
+    max_loss_deviation: float
+    max_parameter_deviation: float
+    max_buffer_deviation: float | None
+    worst_parameter: str
+    passed: bool
+    dropout_turned_off: bool
+    random_forward: bool
+
+    def to_json(self) -> str:
+        """All fields as one JSON object; a deviation that is no number is null."""
+        fields = dataclasses.asdict(self)
+        clean = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in fields.items()
+        }
+        return json.dumps(clean)
+
+
+def verify(
+    source: TaskSource,
+    strategy: Strategy,
+    *,
+    workers: int,
+    steps: int = 10,
+    dtype: Dtype | None = None,
+    task_file: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Verdict:
+    """Train with the strategy on `workers` processes and plainly on one; compare.
+
+    Args:
+        source: the task, or a function that returns it.
+        strategy: the strategy with its settings.
+        workers: number of processes.
+        steps: steps to train.
+        dtype: what both compute in; float64 where not given, bfloat16 if the task says so.
+        task_file: `FILE:NAME` for workers to load the task from, where there is one.
+        overrides: fields of the task to replace.
+
+    Raises:
+        UsageError: the strategy refuses the task, or the numbers make no sense.
+        TrainingError: one of the two trainings failed.
+    """
+    check_workers(workers, None)
+    if steps < 1:
+        raise UsageError(f"{steps} steps were asked for: give at least 1")
+    task = make_task(source, overrides)
+    strategy.check(task, World(size=workers))
+    if dtype is None:
+        dtype = "bfloat16" if task.precision == "bfloat16" else "float64"
+    del task
+    with job_folder() as folder:
+        RunFolder.create(folder, "verify")
+        options = {"first_step": None, "steps": steps, "dtype": dtype}
+
+        def trace(name: str, count: int, plainly: bool) -> tuple[Trace, dict[str, bool]]:
+            job = Job(
+                "trace", strategy.name, strategy.settings, dict(overrides or {}), task_file,
+                str(folder), {**options, "name": name, "plainly": plainly},
+            )  # fmt: skip
+            run_job(job, source, count, folder / "logs")
+            return _read_trace(folder / name)
+
+        found, notes = trace("strategy", workers, False)
+        expected, _ = trace("reference", 1, True)
+        verdict = compare(found, expected, strategy, workers, dtype, notes["dropout"])
+        if not verdict.passed:
+            again, _ = trace("again", 1, True)
+            repeated = compare(again, expected, strategy, 1, dtype, False)
+            verdict = dataclasses.replace(verdict, random_forward=not repeated.passed)
+    return verdict
+
+
+def compare(
+    found: Trace,
+    expected: Trace,
+    strategy: Strategy,
+    workers: int,
+    dtype: str,
+    dropout_turned_off: bool = False,
+) -> Verdict:
+    """Hold one trace against another."""
+    losses = [
+        _deviation(torch.tensor(one), torch.tensor(other))
+        for one, other in zip(found.losses, expected.losses, strict=True)
+    ]
+    parameters = _deviations(found.parameters, expected.parameters)
+    buffers = _deviations(found.buffers, expected.buffers)
+    worst = max(parameters, key=lambda name: parameters[name])
+    tolerance = TOLERANCE[dtype]
+    every = [*losses, *parameters.values(), *buffers.values()]
+    return Verdict(
+        strategy=strategy.name,
+        settings=strategy.settings,
+        exact=strategy.exact,
+        workers=workers,
+        steps=len(losses),
+        dtype=dtype,
+        tolerance=tolerance,
+        max_loss_deviation=max(losses),
+        max_parameter_deviation=parameters[worst],
+        max_buffer_deviation=max(buffers.values(), default=None),
+        worst_parameter=worst,
+        passed=all(value <= tolerance for value in every),
+        dropout_turned_off=dropout_turned_off,
+        random_forward=False,
+    )
+
+
+def _deviations(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    if found.keys() != expected.keys():
+        raise AssertionError(f"names differ: {sorted(found.keys() ^ expected.keys())}")
+    return {name: _deviation(found[name], expected[name]) for name in expected}
+
+
+def _deviation(found: Tensor, expected: Tensor) -> float:
+    if found.numel() == 0:
+        return 0.0
+    found, expected = found.double(), expected.double()
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    # A NaN on either side is as far off as can be, and must not pass a comparison.
+    return difference if math.isfinite(difference) else math.inf
+
+
+# --- the workers' side --------------------------------------------------------------------------
+
+
+def trace_job(job: Job, folder: Path, place: Place | None) -> None:
+    """The worker's side of a job of the kind "trace"."""
+    options = job.options
+    context = launch.join(place)
+    with computing_in(options["dtype"]):
+        task, dropout = prepared(job.task(folder), options["dtype"])
+        if options["plainly"]:
+            first = first_step(task, options["steps"])
+            trace = train_plainly(task, context.world.device, first, options["steps"])
+        else:
+            strategy = make_strategy(job.strategy, job.settings)
+            trace = trace_strategy(task, strategy, context, options["steps"])
+    if context.world.rank == 0:
+        assert job.run_dir is not None
+        _write_trace(Path(job.run_dir) / options["name"], trace, {"dropout": dropout})
+    launch.leave(context)
+
+
+def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int) -> Trace:
+    """Train with a strategy and keep what happened; to be called on every rank."""
+    with Run(task, strategy, context) as run:
+        losses = []
+        for batch in stretch(run.training, first_step(task, steps), steps):
+            loss = run.step(batch).loss
+            losses.append(math.nan if loss is None else loss)
+        state = run.runner.state_dict()["model"]
+        names = {name for name, _ in run.model.named_buffers()}
+        tensors = {key: value.detach().cpu().clone() for key, value in state.items()}
+        run.close()
+    return Trace(
+        losses,
+        {key: value for key, value in tensors.items() if key not in names},
+        {key: value for key, value in tensors.items() if key in names},
+    )
+
+
+def first_step(task: Task, steps: int) -> int:
+    """Where to begin so that `steps` steps cross the end of the first epoch."""
+    return max(0, task.steps_per_epoch - (steps + 1) // 2)
+
+
+@contextmanager
+def computing_in(dtype: str) -> Iterator[None]:
+    """Within, new tensors are of this dtype; bfloat16 is left to autocast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def prepared(task: Task, dtype: str) -> tuple[Task, bool]:
+    """The task without dropout and in the given dtype; and whether it had any dropout."""
+    had_dropout = [False]
+
+    def model() -> nn.Module:
+        built = task.model()
+        had_dropout[0] |= turn_off_dropout(built)
+        return built.double() if dtype == "float64" else built
+
+    def collate(samples: list[Any]) -> Any:
+        batch = (task.collate or default_collate)(samples)
+        return pytree.tree_map(_in_float64, batch) if dtype == "float64" else batch
+
+    changed = dataclasses.replace(
+        task,
+        model=model,
+        collate=collate,
+        precision="bfloat16" if dtype == "bfloat16" else "float32",
+    )
+    changed.build_model()
+    return changed, had_dropout[0]
+
+
+def _in_float64(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
+def turn_off_dropout(model: nn.Module) -> bool:
+    """Set the probability of every dropout layer to 0; returns whether there was one above."""
+    found = False
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            found |= module.p > 0
+            module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            found |= module.dropout > 0
+            module.dropout = 0.0
+    return found
+
+
+def _write_trace(folder: Path, trace: Trace, notes: Mapping[str, bool]) -> None:
+    folder.mkdir()
+    for name, tensors in (("parameters", trace.parameters), ("buffers", trace.buffers)):
+        safetensors.torch.save_file(
+            {key: value.contiguous() for key, value in tensors.items()},
+            folder / f"{name}.safetensors",
+        )
+    text = json.dumps({"losses": trace.losses, "notes": dict(notes)})
+    (folder / "losses.json").write_text(text)
+
+
+def _read_trace(folder: Path) -> tuple[Trace, dict[str, bool]]:
+    content = json.loads((folder / "losses.json").read_text())
+    parameters, buffers = (
+        safetensors.torch.load_file(folder / f"{name}.safetensors")
+        for name in ("parameters", "buffers")
+    )
+    return Trace(content["losses"], parameters, buffers), content["notes"]
+
+

@@ -1,0 +1,3 @@
+"""The version of wagontrain."""
+
+VERSION = "0.1.0"

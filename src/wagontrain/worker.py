@@ -1,0 +1,33 @@
+"""What each process runs that the agent starts: `python -m wagontrain.worker JOB_FOLDER`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from wagontrain import fit, launch, verify
+from wagontrain.fit import Job
+from wagontrain.launch import Place
+
+JOBS = {"train": fit.train_job, "trace": verify.trace_job}
+
+
+def main() -> None:
+    """Run the job in the given folder and end the process with its status."""
+    folder = Path(sys.argv[1])
+
+    def run(place: Place | None) -> None:
+        job = Job.read(folder)
+        JOBS[job.kind](job, folder, place)
+
+    status = launch.work(folder, run)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        # Threads of torch.distributed may still wait for ranks that are gone.
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main()
