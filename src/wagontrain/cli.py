@@ -11,7 +11,7 @@ from rich.console import Console
 
 from wagontrain import verify as verification
 from wagontrain.errors import UsageError, WagontrainError
-from wagontrain.fit import start
+from wagontrain.jobs import start
 from wagontrain.progress import Progress
 from wagontrain.strategy import discover, make_strategy
 from wagontrain.task import load_task

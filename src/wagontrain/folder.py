@@ -1,11 +1,11 @@
 """The files of a run.
 
-    RUN_DIR/plan.json               the strategy and its settings
-    RUN_DIR/events.jsonl            everything that happened, see `events`
-    RUN_DIR/summary.json            how it ended
-    RUN_DIR/checkpoints/            model.safetensors: the weights after the last whole epoch
-    RUN_DIR/tensorboard/            curves
-    RUN_DIR/logs/                   what each worker printed
+RUN_DIR/plan.json               the strategy and its settings
+RUN_DIR/events.jsonl            everything that happened, see `events`
+RUN_DIR/summary.json            how it ended
+RUN_DIR/checkpoints/            model.safetensors: the weights after the last whole epoch
+RUN_DIR/tensorboard/            curves
+RUN_DIR/logs/                   what each worker printed
 """
 
 from __future__ import annotations

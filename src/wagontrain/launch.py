@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,34 +122,40 @@ def join(place: Place | None) -> Context:
     if place is None or place.size == 1:
         return Context(World(device=device_for(Place()), threads=torch.get_num_threads()))
     device = device_for(place)
-    threads = threads_per_worker(place)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads_per_worker(place))
+    port = os.environ["MASTER_PORT"]
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=WAIT))
+        return meet(store, place, device)
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UsageError(
+                f"port {port} is in use by another program: give a free MASTER_PORT "
+                "(torchrun --master-port)"
+            ) from error
+        raise WorkerError(
+            f"rank {place.rank} could not meet the other {place.size - 1} at "
+            f"{os.environ['MASTER_ADDR']}:{port} within {WAIT.total_seconds():.0f} s: start all "
+            f"of them, and check that they reach this address ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def meet(store: dist.Store, place: Place, device: torch.device) -> Context:
+    """Form the process groups with the ranks that come to the same store."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     sent = SentBytes()
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=WAIT))
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=place.rank,
-            world_size=place.size,
-            timeout=WAIT,
-        )
-        side = dist.new_group(timeout=WAIT)
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UsageError(
-                f"port {os.environ['MASTER_PORT']} is in use by another program: give a free "
-                "MASTER_PORT (torchrun --master-port)"
-            ) from error
-        raise WorkerError(
-            f"rank {place.rank} could not meet the other {place.size - 1} at {address} within "
-            f"{WAIT.total_seconds():.0f} s: start all of them, and check that they reach this "
-            f"address ({str(error).splitlines()[0]})"
-        ) from error
-    world = World(place.rank, place.size, place.local_rank, place.local_size, device, threads)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=WAIT,
+    )
+    side = dist.new_group(timeout=WAIT)
+    world = World(
+        place.rank, place.size, place.local_rank, place.local_size, device, torch.get_num_threads()
+    )
     return Context(world, dist.group.WORLD, side, sent, store)
 
 
@@ -195,7 +200,6 @@ class Failure:
             message = f"lost contact with another worker ({message.splitlines()[0]})"
         trace = "".join(traceback.format_exception(error))
         return cls(rank, kind, message, trace, time.time())
-
 
     @property
     def exit_status(self) -> int:
@@ -355,11 +359,18 @@ def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> 
             else f"ended with status {codes[rank]} without saying why"
         )
         return WorkerError(
-            f"worker rank {rank} {how}; the other workers were stopped. What it printed is in "
-            f"{logs / f'rank{rank}.log'}"
+            f"worker rank {rank} {how}; the other workers were stopped. What it printed last, "
+            f"from {logs}:\n{last_words(logs, rank)}"
         )
     first = min(failures, key=lambda item: item.time)
     return WorkerError(f"worker rank {first.rank} {first.message}")
+
+
+def last_words(logs: Path, rank: int, lines: int = 10) -> str:
+    """The end of what a worker printed."""
+    files = (logs / f"rank{rank}.log", logs / f"rank{rank}.err")
+    printed = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    return "\n".join(printed[-lines:]) or "(nothing)"
 
 
 def worker_command(folder: Path) -> list[str]:

@@ -66,9 +66,11 @@ class Progress(Sink):
         last = event["step"] + 1
         if self._live is not None:
             self._live.update(self._panel())
-        elif last % self._start["steps_per_epoch"] == 0 or last == self._start["steps"]:
-            self._line(event)
-        elif event["time"] - self._printed >= PLAIN_SECONDS:
+        elif (
+            last % self._start["steps_per_epoch"] == 0
+            or last == self._start["steps"]
+            or event["time"] - self._printed >= PLAIN_SECONDS
+        ):
             self._line(event)
 
     def _on_times(self, event: Event) -> None:
@@ -257,4 +259,3 @@ class Follower:
         whole = text if self._stop.is_set() else text[: text.rfind(b"\n") + 1]
         self._log_bytes += len(whole)
         return whole.decode(errors="replace").splitlines()
-

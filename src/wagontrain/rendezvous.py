@@ -76,7 +76,7 @@ class RankLogs(LogsSpecs):
         errors = {rank: str(folder / f"rank{rank}.err") for rank in envs}
         for rank in envs:
             envs[rank]["TORCHELASTIC_ERROR_FILE"] = ""
-        return LogsDest(files, errors, {}, {}, {rank: "" for rank in envs}, "", "")
+        return LogsDest(files, errors, {}, {}, dict.fromkeys(envs, ""), "", "")
 
     @property
     def root_log_dir(self) -> str:

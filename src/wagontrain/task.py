@@ -284,7 +284,7 @@ def load_task(spec: str) -> TaskSource:
         sys.path.insert(0, str(path.parent))
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # noqa: BLE001  whatever the user's file raises is theirs to read
+    except Exception as error:
         raise UsageError(f"task file {file!r} could not be imported: {origin(error)}") from error
     if not hasattr(module, name):
         tasks = [
@@ -298,7 +298,9 @@ def load_task(spec: str) -> TaskSource:
         )
     source: TaskSource = getattr(module, name)
     if not callable(source) and not isinstance(source, Task):
-        raise UsageError(f"{name!r} in {file} is {type(source).__name__}: make it a wagontrain.Task")
+        raise UsageError(
+            f"{name!r} in {file} is {type(source).__name__}: make it a wagontrain.Task"
+        )
     return source
 
 

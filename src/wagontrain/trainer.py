@@ -94,10 +94,10 @@ class Run:
         """The user's own module, as trained so far."""
         return self.runner.model
 
-    def epochs(self) -> Iterator[int]:
-        """Numbers of the epochs that are left."""
-        while self.step_count < self.steps:
-            yield self.step_count // self.task.steps_per_epoch
+    def epochs(self) -> range:
+        """Numbers of the epochs that are left, the one under way included."""
+        per_epoch = self.task.steps_per_epoch
+        return range(self.step_count // per_epoch, -(-self.steps // per_epoch))
 
     def batches(self, epoch: int | None = None) -> Iterator[Batch]:
         """This rank's batches that are left: of one epoch, or of all."""
@@ -105,14 +105,14 @@ class Run:
             for number in self.epochs():
                 yield from self.batches(number)
             return
-        first = self.step_count - epoch * self.task.steps_per_epoch
-        loaded = self.training.epoch(epoch, first)
+        start = epoch * self.task.steps_per_epoch
+        loaded = self.training.epoch(epoch, max(0, self.step_count - start))
         self._epoch_loss = _Mean()
-        while self.step_count < self.steps:
+        while True:
             began = time.perf_counter()
             batch = next(loaded, None)
             self._data_seconds = time.perf_counter() - began
-            if batch is None:
+            if batch is None or batch.step >= self.steps:
                 return
             yield batch
 

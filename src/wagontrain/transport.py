@@ -53,7 +53,7 @@ class Context:
     world: World = field(default_factory=World)
     group: dist.ProcessGroup | None = None
     side: dist.ProcessGroup | None = None
-    sent: SentBytes = field(default_factory=lambda: SentBytes())
+    sent: SentBytes = field(default_factory=lambda: SentBytes(talks=False))
     store: dist.Store | None = None
 
     def first_to(self, deed: str) -> bool:
@@ -147,10 +147,11 @@ class SentBytes:
     headers of Gloo's own and retransmissions. NCCL's shared memory and InfiniBand are not seen.
 
     The sockets found at `refresh` are counted; `total` is then a few system calls. None where
-    the kernel does not say (other than Linux).
+    the kernel does not say (other than Linux). A process that talks to nobody counts nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, talks: bool = True) -> None:
+        self._talks = talks
         self._sockets: dict[int, socket.socket] = {}
         self._base = 0
         self.refresh()
@@ -159,7 +160,7 @@ class SentBytes:
     def refresh(self) -> None:
         """Find the TCP sockets that were opened since."""
         folder = "/proc/self/fd"
-        if not os.path.isdir(folder):  # noqa: PTH112  called often; a Path costs more than it tells
+        if not self._talks or not os.path.isdir(folder):  # noqa: PTH112
             return
         own = {sock.fileno() for sock in self._sockets.values()}
         for name in os.listdir(folder):
@@ -248,4 +249,9 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_PEER)
 
 
-_LOST_PEER = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+_LOST_PEER = (
+    "gloo/transport",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+)

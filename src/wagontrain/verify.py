@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,8 @@ from torch.utils.data import default_collate
 
 from wagontrain import launch
 from wagontrain.errors import UsageError
-from wagontrain.fit import Job, check_workers, job_folder, run_job
 from wagontrain.folder import RunFolder
+from wagontrain.jobs import Job, check_workers, job_folder, run_job
 from wagontrain.launch import Place
 from wagontrain.mesh import World
 from wagontrain.reference import Trace, stretch, train_plainly
@@ -140,7 +140,7 @@ def compare(
 ) -> Verdict:
     """Hold one trace against another."""
     losses = [
-        _deviation(torch.tensor(one), torch.tensor(other))
+        _deviation(torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64))
         for one, other in zip(found.losses, expected.losses, strict=True)
     ]
     parameters = _deviations(found.parameters, expected.parameters)
@@ -296,5 +296,3 @@ def _read_trace(folder: Path) -> tuple[Trace, dict[str, bool]]:
         for name in ("parameters", "buffers")
     )
     return Trace(content["losses"], parameters, buffers), content["notes"]
-
-

@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from wagontrain import fit, launch, verify
-from wagontrain.fit import Job
+from wagontrain import jobs, launch, verify
+from wagontrain.jobs import Job
 from wagontrain.launch import Place
 
-JOBS = {"train": fit.train_job, "trace": verify.trace_job}
+JOBS = {"train": jobs.train_job, "trace": verify.trace_job}
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,6 +56,13 @@ from wagontrain.transport import (
 )
 
 _TRIAL_SAMPLES = 8
+
+# torch 2.13 renamed the argument and warns about the old name.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class DataParallelRunner(Runner):
             gradient_as_bucket_view=True,
             # Batch norm keeps equal running statistics by itself; other buffers are compared
             # (check_replicas) rather than overwritten with those of rank 0.
-            broadcast_buffers=False,
+            **{_SYNC_BUFFERS: False},
         )
         if strategy.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(
@@ -321,8 +329,13 @@ class _Marks:
         return self.clock.between(self.start, self.stop) - exposed, exposed
 
 
+def _bf16_hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations as text
+    """torch's hook under another name: by its own, DDP refuses it without NCCL, but Gloo can."""
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
 _COMPRESSION_HOOKS = {
-    "bf16": default_hooks.bf16_compress_hook,
+    "bf16": _bf16_hook,
     "fp16": default_hooks.fp16_compress_hook,
 }
 

@@ -95,7 +95,7 @@ class Job:
         """The task to train."""
         if self.task_file is not None:
             return make_task(load_task(self.task_file), self.overrides)
-        source, paths = cloudpickle.loads((folder / "task.pkl").read_bytes())  # noqa: S301
+        source, paths = cloudpickle.loads((folder / "task.pkl").read_bytes())
         sys.path.extend(path for path in paths if path not in sys.path)
         return make_task(source, self.overrides)
 

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import wagontrain as wt
+from tests.gang import Gang
+from tests.problems import build, classes, numbers
+from wagontrain import verify
+from wagontrain.reference import Trace, train_plainly
+from wagontrain.strategies.data_parallel import DataParallel
+from wagontrain.transport import Context
+
+
+def trained(context: Context, settings: dict[str, Any], *problem: str, steps: int = 6) -> Trace:
+    with verify.computing_in("float64"):
+        task, _ = verify.prepared(build(*problem), "float64")
+        return verify.trace_strategy(
+            task, wt.make_strategy("data-parallel", settings), context, steps
+        )
+
+
+def deviation(gang: Gang, size: int, settings: dict[str, Any], *problem: str) -> float:
+    with verify.computing_in("float64"):
+        task, _ = verify.prepared(build(*problem), "float64")
+        reference = train_plainly(task, torch.device("cpu"), verify.first_step(task, 6), 6)
+    strategy = wt.make_strategy("data-parallel", settings)
+    trace = gang.run(size, trained, settings, *problem)[0]
+    return verify.compare(trace, reference, strategy, size, "float64").max_parameter_deviation
+
+
+@pytest.mark.parametrize("problem", ["conv-batch-norm", "padded-tokens", "embedding"])
+@pytest.mark.parametrize("shares", [(1.0, 4.0, 2.0), (1.0, 0.0, 3.0)])
+def test_uneven_shares_change_nothing(gang: Gang, problem: str, shares: tuple[float, ...]) -> None:
+    assert deviation(gang, 3, {"shares": shares}, problem, "momentum", "accumulate") < 1e-8
+
+
+@pytest.mark.parametrize("settings", [{"bucket_mb": 0.0001}, {"find_unused_parameters": True}])
+def test_settings_that_change_nothing(gang: Gang, settings: dict[str, Any]) -> None:
+    assert deviation(gang, 2, settings, "conv-batch-norm") < 1e-8
+
+
+@pytest.mark.parametrize("compression", ["bf16", "fp16", "powersgd"])
+def test_compression_is_relaxed_and_near(gang: Gang, compression: str) -> None:
+    assert not DataParallel(compression=compression).exact  # type: ignore[arg-type]
+    far = deviation(gang, 2, {"compression": compression}, "linear-regression")
+    assert far < 0.05
+    if compression != "powersgd":  # PowerSGD sends whole gradients for its first steps
+        assert far > 1e-8
+
+
+class _Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(50, 4, sparse=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.head(self.table(codes).sum(1))
+
+
+def sparse_task() -> wt.Task:
+    codes = classes(54, 50).view(18, 3)
+    return wt.Task(
+        model=_Sparse, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1),
+        train=TensorDataset(codes, classes(18, 2)), batch_size=8, epochs=2,
+    )  # fmt: skip
+
+
+def losses_of(context: Context, make: Any, **settings: Any) -> list[float]:
+    task = make()
+    with wt.Run(task, DataParallel(**settings), context) as run:
+        losses = [run.step(batch).loss for batch in run.batches()]
+        run.close()
+    return losses  # type: ignore[return-value]
+
+
+def test_sparse_gradients(gang: Gang) -> None:
+    alone = losses_of(Context(), sparse_task)
+    assert gang.run(2, losses_of, sparse_task)[0] == pytest.approx(alone, rel=1e-5)
+
+
+def bytes_of_steps(context: Context, accumulate: int) -> list[int | None]:
+    task = wt.Task(
+        model=partial(nn.Linear, 300, 300), loss=F.mse_loss,
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        train=TensorDataset(numbers(32, 300), numbers(32, 300)), batch_size=8,
+        accumulate=accumulate,
+    )  # fmt: skip
+    with wt.Run(task, DataParallel(), context) as run:
+        sent = [run.step(batch).sent for batch in run.batches()]
+        run.close()
+    return sent
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("size", [2, 3])
+def test_bytes_on_the_wire_are_those_of_an_all_reduce(
+    gang: Gang, size: int, accumulate: int
+) -> None:
+    """2 (N - 1) / N · P a step as the kernel counts it, however many micro-batches there are."""
+    expected = 2 * (size - 1) / size * (300 * 301 * 4)
+    for sent in gang.run(size, bytes_of_steps, accumulate):
+        assert sent[1:] == pytest.approx([expected] * 3, rel=0.03)
+
+
+class _Conditional(nn.Module):
+    """Uses its second layer only for batches whose first sample says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.always(x)
+        return self.sometimes(y) if x[0, 0] > 0 else y
+
+
+def conditional_task() -> wt.Task:
+    return wt.Task(
+        model=_Conditional, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1),
+        train=TensorDataset(numbers(64, 3), classes(64, 2)), batch_size=8,
+    )  # fmt: skip
+
+
+def test_parameters_that_some_steps_leave_out(gang: Gang) -> None:
+    losses = gang.run(2, losses_of_conditional)[0]
+    assert len(losses) == 8
+    assert all(loss > 0 for loss in losses)
+
+
+def losses_of_conditional(context: Context) -> list[float]:
+    return losses_of(context, conditional_task, find_unused_parameters=True)
+
+
+class _Counting(nn.Module):
+    """Keeps a running mean of its inputs in a buffer: different on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return self.head(x)
+
+
+def message_of(context: Context, model: Any, **fields: Any) -> str:
+    """The error that training a model for a few steps ends with."""
+    task = dataclasses.replace(conditional_task(), model=model, **fields)
+    try:
+        with wt.Run(task, DataParallel(), context) as run:
+            for batch in run.batches():
+                run.step(batch)
+            run.check_replicas()
+    except wt.WagontrainError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_buffer_that_follows_each_ranks_own_samples_is_an_error(gang: Gang) -> None:
+    assert "no error" in message_of(Context(), _Counting)
+    for message in gang.run(2, message_of, _Counting):
+        assert message.startswith("ReplicaError: buffer 'mean' of rank 1 is no longer")
+
+
+def drift(context: Context) -> str:
+    task = conditional_task()
+    with wt.Run(task, DataParallel(find_unused_parameters=True), context) as run:
+        run.check_replicas()
+        if context.world.rank == 1:
+            with torch.no_grad():
+                run.model.always.weight[0, 0].add_(1e-6)
+        try:
+            run.check_replicas()
+        except wt.ReplicaError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_drifting_replica_is_noticed(gang: Gang) -> None:
+    for message in gang.run(3, drift):
+        assert "parameter 'always.weight' of rank 1" in message
+
+
+class _Explodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * (float("nan") if x[0, 0] > 2 else 1.0)
+
+
+def test_a_nan_names_step_rank_and_samples(gang: Gang) -> None:
+    data = torch.zeros(64, 3)
+    data[3 * 8 + 4, 0] = 3.0  # step 3, first sample of rank 1
+    fields = {"train": TensorDataset(data, classes(64, 2)), "shuffle": False}
+    for message in gang.run(2, message_with, _Explodes, fields):
+        assert message.startswith("LossError: the loss is nan at step 3 (epoch 0) on rank 1")
+        assert "samples 28 to 31 in the epoch's order" in message
+
+
+def message_with(context: Context, model: Any, fields: dict[str, Any]) -> str:
+    return message_of(context, model, **fields)
+
+
+def weights_after_nan(context: Context) -> bool:
+    data = torch.zeros(64, 3)
+    data[8, 0] = 3.0
+    task = dataclasses.replace(
+        conditional_task(), model=_Explodes, shuffle=False,
+        train=TensorDataset(data, classes(64, 2)),
+    )  # fmt: skip
+    with wt.Run(task, DataParallel(), context) as run:
+        batches = run.batches()
+        run.step(next(batches))
+        try:
+            run.step(next(batches))
+        except wt.LossError:
+            return all(bool(value.isfinite().all()) for value in run.model.parameters())
+    return False
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_nan_never_reaches_the_weights(gang: Gang, size: int) -> None:
+    assert all(gang.run(size, weights_after_nan))
+
+
+def test_more_workers_than_samples_are_refused() -> None:
+    with pytest.raises(wt.UsageError, match="9 workers cannot share a batch of 8"):
+        DataParallel().check(conditional_task(), wt.World(size=9))
+    with pytest.raises(wt.UsageError, match="2 weights were given for 3 workers"):
+        DataParallel(shares=(1.0, 2.0)).check(conditional_task(), wt.World(size=3))
+
+
+def times(context: Context) -> list[Any]:
+    with wt.Run(conditional_task(), DataParallel(find_unused_parameters=True), context) as run:
+        reports = [run.step(batch).before for batch in run.batches()]
+        run.close()
+    return reports
+
+
+def test_reports_carry_the_times_of_all_ranks(gang: Gang) -> None:
+    first, *others = gang.run(3, times)[0]
+    assert first is None
+    for before in others:
+        assert len(before.compute) == len(before.exposed) == 3
+        assert all(seconds > 0 for seconds in before.compute)
+        assert min(before.waiting) == 0
+        assert before.exchange >= 0
+
+
+def different_dropout(context: Context) -> Tensor:
+    task = dataclasses.replace(
+        conditional_task(), model=lambda: nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5))
+    )
+    with wt.Run(task, DataParallel(), context) as run:
+        drawn = torch.rand(4)
+        run.close()
+    return drawn
+
+
+def test_ranks_draw_different_random_numbers(gang: Gang) -> None:
+    first, second = gang.run(2, different_dropout)
+    assert not torch.equal(first, second)
+
+
+def bfloat16_losses(context: Context) -> list[float]:
+    return losses_of(context, lambda: dataclasses.replace(
+        build("linear-regression"), precision="bfloat16"))  # fmt: skip
+
+
+def test_bfloat16_autocast_trains_alike(gang: Gang) -> None:
+    alone = bfloat16_losses(Context())
+    full = losses_of(Context(), partial(build, "linear-regression"))
+    assert alone != full
+    assert gang.run(2, bfloat16_losses)[0] == pytest.approx(alone, rel=0.05)
+
+
+def restored(context: Context) -> bool:
+    """Two steps, the state taken to a second run, and the third step alike on both."""
+    task = build("conv-batch-norm", "adam", "scheduler")
+    with wt.Run(task, DataParallel(), context) as run:
+        batches = list(run.batches())
+        for batch in batches[:2]:
+            run.step(batch)
+        state = {key: _copy(value) for key, value in run.runner.state_dict().items()}
+        loss = run.step(batches[2]).loss
+        run.close()
+    with wt.Run(task, DataParallel(), context) as other:
+        other.runner.load_state_dict(state)
+        again = other.step(batches[2]).loss
+        other.close()
+    return loss == again
+
+
+def _copy(value: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(value)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_state_is_taken_up_again(gang: Gang, size: int) -> None:
+    assert all(gang.run(size, restored))
