@@ -69,7 +69,8 @@ def one_step_by_hand() -> tuple[Tensor, Tensor]:
     x = torch.cat([torch.ones(ROWS, 1, dtype=torch.float64), x], dim=1)
     theta = torch.zeros(11, dtype=torch.float64)
     single = x.T @ (x @ theta - y) / ROWS
-    parts = [xk.T @ (xk @ theta - yk) for xk, yk in zip(x.chunk(MACHINES), y.chunk(MACHINES))]
+    machines = zip(x.chunk(MACHINES), y.chunk(MACHINES), strict=True)
+    parts = [x_k.T @ (x_k @ theta - y_k) for x_k, y_k in machines]
     return single, sum(parts) / ROWS
 
 
@@ -85,9 +86,8 @@ if __name__ == "__main__":
 
     single, combined = one_step_by_hand()
     print(f"gradient of the first step, one machine:   {single[:4].numpy().round(6)} ...")
-    print(
-        f"  combined from {MACHINES} machines of {ROWS // MACHINES} rows: {combined[:4].numpy().round(6)} ..."
-    )
+    each = f"{MACHINES} machines of {ROWS // MACHINES} rows"
+    print(f"  combined from {each}: {combined[:4].numpy().round(6)} ...")
     print(f"  largest difference: {(single - combined).abs().max():.1e}")
 
     verdict = verify(task, wt.make_strategy("data-parallel"), workers=MACHINES, steps=1)

@@ -12,19 +12,13 @@ from wagontrain.errors import (
 )
 from wagontrain.jobs import Result, connect, fit
 from wagontrain.mesh import World
-from wagontrain.strategy import (
-    Evaluation,
-    Runner,
-    StepReport,
-    StepTimes,
-    Strategy,
-    discover,
-    make_strategy,
-)
+from wagontrain.objective import Evaluation
+from wagontrain.registry import discover, make_strategy
+from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task
 from wagontrain.trainer import Run
 from wagontrain.transport import Context
-from wagontrain.version import VERSION as __version__
+from wagontrain.version import __version__
 
 __all__ = [
     "Context",

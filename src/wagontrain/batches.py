@@ -211,7 +211,7 @@ class Batches:
     def _loader(self) -> DataLoader[Any]:
         return DataLoader(
             self.dataset,
-            batch_sampler=self._sampler,  # type: ignore[arg-type]  a list of any keys will do
+            batch_sampler=self._sampler,
             collate_fn=self.collate,
             num_workers=self.loader_workers,
             persistent_workers=self.loader_workers > 0,

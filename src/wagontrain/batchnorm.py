@@ -62,12 +62,13 @@ def global_batch_norm(
                 "statistics cannot be taken over all workers: use torch.nn.BatchNorm1d/2d/3d"
             )
     for _, layer in layers:
-        layer.forward = _Forward(layer, group, participation)
+        # An attribute of the instance goes before the method of its class.
+        vars(layer)["forward"] = _Forward(layer, group, participation)
     try:
         yield
     finally:
         for _, layer in layers:
-            del layer.forward
+            del vars(layer)["forward"]
 
 
 @dataclass
@@ -84,7 +85,7 @@ class _Forward:
                 inputs, layer.running_mean, layer.running_var, layer.weight, layer.bias,
                 use_batch, layer.momentum or 0.0, layer.eps,
             )  # fmt: skip
-        output, mean, variance, count = _GlobalBatchNorm.apply(
+        output, mean, variance, count = _GlobalBatchNorm.apply(  # type: ignore[no-untyped-call]
             inputs, layer.weight, layer.bias, layer.eps, self.group, self.participation.counts
         )
         if layer.track_running_stats and layer.running_mean is not None:
@@ -104,7 +105,7 @@ class _Forward:
 
 class _GlobalBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         inputs: Tensor,
         weight: Tensor | None,

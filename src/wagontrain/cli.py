@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -13,9 +13,9 @@ from wagontrain import verify as verification
 from wagontrain.errors import UsageError, WagontrainError
 from wagontrain.jobs import start
 from wagontrain.progress import Progress
-from wagontrain.strategy import discover, make_strategy
+from wagontrain.registry import discover, make_strategy
 from wagontrain.task import load_task
-from wagontrain.version import VERSION
+from wagontrain.version import __version__
 
 app = typer.Typer(
     help="Train one PyTorch model over the machines you have.",
@@ -100,7 +100,7 @@ def verify(
         make_strategy(strategy, _settings(settings)),
         workers=workers,
         steps=steps,
-        dtype=dtype,  # type: ignore[arg-type]  checked above
+        dtype=cast(verification.Dtype | None, dtype),
         task_file=file,
         overrides=_given(batch_size=batch_size, seed=seed),
     )
@@ -153,7 +153,7 @@ def version(
     show: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if show:
-        print(f"wagontrain {VERSION}")
+        print(f"wagontrain {__version__}")
         raise typer.Exit
 
 

@@ -24,7 +24,8 @@ from wagontrain.folder import RunFolder
 from wagontrain.launch import Failure, Place
 from wagontrain.mesh import World
 from wagontrain.progress import Follower, Progress, result_lines
-from wagontrain.strategy import Strategy, make_strategy
+from wagontrain.registry import make_strategy
+from wagontrain.strategy import Strategy
 from wagontrain.task import Task, TaskSource, load_task, make_task
 from wagontrain.trainer import Run, train
 from wagontrain.transport import Context

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from wagontrain.errors import TrainingError, UsageError, WagontrainError, WorkerError
 from wagontrain.mesh import World
@@ -140,7 +141,7 @@ def join(place: Place | None) -> Context:
         ) from error
 
 
-def meet(store: dist.Store, place: Place, device: torch.device) -> Context:
+def meet(store: Store, place: Place, device: torch.device) -> Context:
     """Form the process groups with the ranks that come to the same store."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

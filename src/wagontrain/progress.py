@@ -66,12 +66,10 @@ class Progress(Sink):
         last = event["step"] + 1
         if self._live is not None:
             self._live.update(self._panel())
-        elif (
-            last % self._start["steps_per_epoch"] == 0
-            or last == self._start["steps"]
-            or event["time"] - self._printed >= PLAIN_SECONDS
-        ):
-            self._line(event)
+        else:
+            whole_epoch = last % self._start["steps_per_epoch"] == 0 or last == self._start["steps"]
+            if whole_epoch or event["time"] - self._printed >= PLAIN_SECONDS:
+                self._line(event)
 
     def _on_times(self, event: Event) -> None:
         workers = len(event["compute"])

@@ -23,7 +23,7 @@ from wagontrain.folder import RunFolder
 from wagontrain.strategy import StepReport, Strategy
 from wagontrain.task import Task
 from wagontrain.transport import Context
-from wagontrain.version import VERSION
+from wagontrain.version import __version__
 
 STEPS_BETWEEN_SAVES = 20
 
@@ -256,7 +256,7 @@ class Run:
             "peak_memory_per_rank": [row[1] for row in rows],
             "predicted": None,
             "versions": {
-                "wagontrain": VERSION,
+                "wagontrain": __version__,
                 "torch": torch.__version__,
                 "python": platform.python_version(),
             },

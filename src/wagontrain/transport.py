@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
 
 from wagontrain.mesh import World
 
@@ -54,7 +55,7 @@ class Context:
     group: dist.ProcessGroup | None = None
     side: dist.ProcessGroup | None = None
     sent: SentBytes = field(default_factory=lambda: SentBytes(talks=False))
-    store: dist.Store | None = None
+    store: Store | None = None
 
     def first_to(self, deed: str) -> bool:
         """Whether no rank has asked this for the same deed before. Waits for nobody."""
@@ -113,7 +114,7 @@ class Context:
         with torch.cuda.stream(stream):
             work.wait()
             host = torch.stack(rows).to("cpu", non_blocking=True)
-            copied = torch.cuda.Event()
+            copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(stream)
 
         def finish_copy() -> list[list[float]]:
@@ -160,7 +161,7 @@ class SentBytes:
     def refresh(self) -> None:
         """Find the TCP sockets that were opened since."""
         folder = "/proc/self/fd"
-        if not self._talks or not os.path.isdir(folder):  # noqa: PTH112
+        if not self._talks or not os.path.isdir(folder):
             return
         own = {sock.fileno() for sock in self._sockets.values()}
         for name in os.listdir(folder):
@@ -220,7 +221,7 @@ class Stopwatch:
         """Now, on the device's own time line."""
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -238,7 +239,7 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
     That is before DistributedDataParallel waits for its exchanges: it queues its own callback
     later, when the last bucket is ready, and the engine runs them in turn.
     """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def lost_peer(error: BaseException) -> bool:

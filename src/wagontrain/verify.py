@@ -31,7 +31,8 @@ from wagontrain.jobs import Job, check_workers, job_folder, run_job
 from wagontrain.launch import Place
 from wagontrain.mesh import World
 from wagontrain.reference import Trace, stretch, train_plainly
-from wagontrain.strategy import Strategy, make_strategy
+from wagontrain.registry import make_strategy
+from wagontrain.strategy import Strategy
 from wagontrain.task import Task, TaskSource, make_task
 from wagontrain.trainer import Run
 from wagontrain.transport import Context

@@ -36,16 +36,8 @@ from wagontrain.batches import Batch, Batches, Cut, MicroBatch
 from wagontrain.batchnorm import Participation, global_batch_norm
 from wagontrain.errors import ModelError, ReplicaError, UsageError
 from wagontrain.mesh import World
-from wagontrain.strategy import (
-    Evaluation,
-    Objective,
-    Runner,
-    StepReport,
-    StepTimes,
-    Strategy,
-    Update,
-    require_finite,
-)
+from wagontrain.objective import Evaluation, Objective, Update, require_finite
+from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task, trainable
 from wagontrain.transport import (
     Context,
@@ -58,11 +50,11 @@ from wagontrain.transport import (
 _TRIAL_SAMPLES = 8
 
 # torch 2.13 renamed the argument and warns about the old name.
-_SYNC_BUFFERS = (
+_NO_BUFFER_SYNC: dict[str, Any] = {
     "forward_sync_buffers"
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    else "broadcast_buffers"
-)
+    else "broadcast_buffers": False
+}
 
 
 @dataclass(frozen=True)
@@ -149,13 +141,13 @@ class DataParallelRunner(Runner):
             self.model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=group,
-            bucket_cap_mb=strategy.bucket_mb,  # type: ignore[arg-type]  any number will do
+            bucket_cap_mb=strategy.bucket_mb,
             find_unused_parameters=unused,
             # Gradients live in the buckets: one copy less per step, and one less in memory.
             gradient_as_bucket_view=True,
             # Batch norm keeps equal running statistics by itself; other buffers are compared
             # (check_replicas) rather than overwritten with those of rank 0.
-            **{_SYNC_BUFFERS: False},
+            **_NO_BUFFER_SYNC,
         )
         if strategy.compression == "powersgd":
             state = powerSGD_hook.PowerSGDState(
@@ -215,7 +207,7 @@ class DataParallelRunner(Runner):
                 if number == last:
                     figures = torch.stack([loss_sum.double(), *self._times_before()])
                     gathered = self.context.gather_later(figures)
-                    loss.register_hook(marks.ready_at_end)
+                    loss.register_hook(marks.ready_at_end)  # type: ignore[no-untyped-call]
                 # DistributedDataParallel divides what it sums by the number of workers.
                 loss.backward(loss.new_tensor(weight / total * self.cut.size))  # type: ignore[no-untyped-call]
         marks.exchanged = self._clock.mark()

@@ -1,0 +1,107 @@
+"""Finding strategies: by file in `wagontrain.strategies`, by entry point in other packages."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import json
+import pkgutil
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+
+from wagontrain import strategies
+from wagontrain.errors import UsageError, nearest
+from wagontrain.strategy import Strategy
+from wagontrain.task import origin
+
+ENTRY_POINTS = "wagontrain.strategies"
+
+
+def discover() -> dict[str, type[Strategy]]:
+    """All strategies by name: the files of `wagontrain.strategies`, then entry points.
+
+    Raises:
+        UsageError: an entry point that cannot be loaded, is no strategy or takes a name twice.
+    """
+    found: dict[str, type[Strategy]] = {}
+    for module in pkgutil.iter_modules(strategies.__path__):
+        found |= dict(_strategies_in(f"{strategies.__name__}.{module.name}"))
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise UsageError(
+                f"strategy {entry.name!r} of package {_package(entry)} cannot be loaded: "
+                f"{origin(error)}"
+            ) from error
+        if not (inspect.isclass(loaded) and issubclass(loaded, Strategy)):
+            raise UsageError(
+                f"strategy {entry.name!r} of package {_package(entry)} is {loaded!r}: an entry "
+                f"point of {ENTRY_POINTS} has to name a subclass of wagontrain.Strategy"
+            )
+        if found.setdefault(loaded.name, loaded) is not loaded:
+            raise UsageError(
+                f"strategy {loaded.name!r} of package {_package(entry)} has the name of another: "
+                "rename it"
+            )
+    return found
+
+
+def _package(entry: importlib.metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value
+
+
+def _strategies_in(module: str) -> Iterator[tuple[str, type[Strategy]]]:
+    for value in vars(importlib.import_module(module)).values():
+        own = inspect.isclass(value) and value.__module__ == module
+        if own and issubclass(value, Strategy) and not inspect.isabstract(value):
+            yield value.name, value
+
+
+def find(name: str) -> type[Strategy]:
+    """The strategy called `name`.
+
+    Raises:
+        UsageError: there is none; the message names the nearest.
+    """
+    known = discover()
+    if name not in known:
+        raise UsageError(f"there is no strategy {name!r}; {nearest(name, known)}")
+    return known[name]
+
+
+def make_strategy(name: str, settings: Mapping[str, Any] | None = None) -> Strategy:
+    """The strategy called `name` with the given settings, as values or as text.
+
+    Raises:
+        UsageError: no such strategy or setting, or a value it does not take.
+    """
+    strategy = find(name)
+    known = [item.name for item in dataclasses.fields(strategy)]
+    kinds = typing.get_type_hints(strategy)
+    values = {}
+    for key, value in (settings or {}).items():
+        if key not in known:
+            raise UsageError(f"strategy {name!r} has no setting {key!r}; {nearest(key, known)}")
+        try:
+            values[key] = _as_kind(kinds[key], value)
+        except pydantic.ValidationError as error:
+            raise UsageError(
+                f"strategy {name!r} cannot take {key}={value}: {error.errors()[0]['msg']}"
+            ) from error
+    return strategy(**values)
+
+
+def _as_kind(kind: Any, value: Any) -> Any:
+    """`value` as the type `kind`; text is read as JSON where that fits, else as it stands."""
+    adapter: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(kind)
+    if isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError, pydantic.ValidationError):
+            return adapter.validate_python(json.loads(value))
+    return adapter.validate_python(value)
