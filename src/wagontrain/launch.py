@@ -223,7 +223,6 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     one that caused the others.
     """
     place = place_from_environment()
-    os.dup2(1, 2)  # one log file for each worker, in the order in which things were printed
     _end_with(os.getppid())
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
@@ -276,24 +275,23 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import SignalException
 
-    from wagontrain.rendezvous import LoopbackRendezvous, RankLogs
+    from wagontrain.rendezvous import LoopbackRendezvous, NoLogs
 
     # The agent reports failures at length on stderr; the message below says it once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     rendezvous = LoopbackRendezvous(WAIT)
-    program, *arguments = command
     spec = WorkerSpec(
         role="worker",
         local_world_size=workers,
-        entrypoint=program,
-        args=tuple(arguments),
+        entrypoint="/bin/sh",
+        args=("-c", _INTO_OWN_LOG, str(logs), *command),
         rdzv_handler=rendezvous,
         max_restarts=0,
         monitor_interval=0.1,
     )
     agent = LocalElasticAgent(
         spec,
-        logs_specs=RankLogs(str(logs)),
+        logs_specs=NoLogs(),
         exit_barrier_timeout=GRACE_SECONDS,
         shutdown_timeout=GRACE_SECONDS,
     )
@@ -309,13 +307,13 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         rendezvous.shutdown()
-        for path in logs.glob("rank*.err"):
-            if path.stat().st_size == 0:
-                path.unlink()
     if result.is_failed():
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         raise cause(codes, read_failures(folder), logs)
 
+
+# The shell becomes the command; torch's agent would leave the files open in this process.
+_INTO_OWN_LOG = 'exec "$@" >"$0/rank$RANK.log" 2>&1'
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
@@ -369,8 +367,8 @@ def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> 
 
 def last_words(logs: Path, rank: int, lines: int = 10) -> str:
     """The end of what a worker printed."""
-    files = (logs / f"rank{rank}.log", logs / f"rank{rank}.err")
-    printed = [line for file in files if file.exists() for line in file.read_text().splitlines()]
+    file = logs / f"rank{rank}.log"
+    printed = file.read_text(errors="replace").splitlines() if file.exists() else []
     return "\n".join(printed[-lines:]) or "(nothing)"
 
 

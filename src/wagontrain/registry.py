@@ -23,15 +23,21 @@ from wagontrain.task import origin
 ENTRY_POINTS = "wagontrain.strategies"
 
 
+def built_in() -> dict[str, type[Strategy]]:
+    """The strategies of `wagontrain.strategies` by name."""
+    found: dict[str, type[Strategy]] = {}
+    for module in pkgutil.iter_modules(strategies.__path__):
+        found |= dict(_strategies_in(f"{strategies.__name__}.{module.name}"))
+    return found
+
+
 def discover() -> dict[str, type[Strategy]]:
     """All strategies by name: the files of `wagontrain.strategies`, then entry points.
 
     Raises:
         UsageError: an entry point that cannot be loaded, is no strategy or takes a name twice.
     """
-    found: dict[str, type[Strategy]] = {}
-    for module in pkgutil.iter_modules(strategies.__path__):
-        found |= dict(_strategies_in(f"{strategies.__name__}.{module.name}"))
+    found = built_in()
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             loaded = entry.load()
@@ -70,7 +76,9 @@ def find(name: str) -> type[Strategy]:
     Raises:
         UsageError: there is none; the message names the nearest.
     """
-    known = discover()
+    known = built_in()
+    if name not in known:  # another package that is broken must not be in the way of our own
+        known = discover()
     if name not in known:
         raise UsageError(f"there is no strategy {name!r}; {nearest(name, known)}")
     return known[name]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import socket
 import uuid
 from datetime import timedelta
-from pathlib import Path
 
 from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
@@ -67,17 +66,15 @@ class LoopbackRendezvous(RendezvousHandler):
         return True
 
 
-class RankLogs(LogsSpecs):
-    """What each worker prints goes to `FOLDER/rank<r>.log`."""
+class NoLogs(LogsSpecs):
+    """Leaves the workers' output alone: `launch` has each write a file of its own."""
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        folder = Path(self.root_log_dir)
-        files = {rank: str(folder / f"rank{rank}.log") for rank in envs}
-        errors = {rank: str(folder / f"rank{rank}.err") for rank in envs}
-        for rank in envs:
-            envs[rank]["TORCHELASTIC_ERROR_FILE"] = ""
-        return LogsDest(files, errors, {}, {}, dict.fromkeys(envs, ""), "", "")
+        for environment in envs.values():
+            environment["TORCHELASTIC_ERROR_FILE"] = ""
+        nowhere = dict.fromkeys(envs, "")
+        return LogsDest(nowhere, nowhere, {}, {}, nowhere)
 
     @property
     def root_log_dir(self) -> str:
-        return str(self._root_log_dir)
+        return ""

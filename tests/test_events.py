@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from wagontrain import events
+from wagontrain.errors import UsageError
+from wagontrain.events import Event, Events, JsonLines, Sink, TensorBoard
+from wagontrain.folder import RunFolder
+
+
+class Kept(Sink):
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.closed = False
+
+    def take(self, event: Event) -> None:
+        self.events.append(event)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_events_reach_every_sink(tmp_path: Path) -> None:
+    kept = Kept()
+    stream = Events([kept, JsonLines(tmp_path / "events.jsonl")])
+    stream.send("step", step=1, loss=0.5)
+    stream.send("end", summary={})
+    stream.close()
+    assert kept.closed
+    assert [event["kind"] for event in kept.events] == ["step", "end"]
+    assert [event for event, _ in events.read(tmp_path / "events.jsonl")] == kept.events
+
+
+def test_a_line_being_written_is_left_for_the_next_time(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    assert list(events.read(file)) == []
+    file.write_text('{"kind": "a"}\n{"kind": ')
+    (first,) = events.read(file)
+    assert first == ({"kind": "a"}, 14)
+    with file.open("a") as end:
+        end.write('"b"}\n')
+    assert [event for event, _ in events.read(file, first[1])] == [{"kind": "b"}]
+
+
+def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path)
+    for step in range(3):
+        event = {"kind": "step", "time": 10.0 + step, "step": step, "samples": 10}
+        board.take(event | {"loss": 1.0 - step / 10, "seconds": 0.5, "data_seconds": 0.0})
+    board.take({"kind": "validation", "step": 3, "values": {"accuracy": 0.9}})
+    board.close()
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [point.step for point in read.Scalars("train/loss")] == [0, 1, 2]
+    assert read.Scalars("train/loss")[2].value == pytest.approx(0.8)
+    assert read.Scalars("train/samples_per_second")[0].value == pytest.approx(20)
+    assert read.Scalars("validation/accuracy")[0].value == pytest.approx(0.9)
+
+
+def test_a_folder_that_holds_a_run_is_not_touched(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "deep" / "run", "x")
+    folder.write_plan({"strategy": "s"})
+    with pytest.raises(UsageError, match=r"already holds a run \(plan.json\): give another"):
+        RunFolder.create(folder.path, "x")
+    assert json.loads((folder.path / "plan.json").read_text()) == {"strategy": "s"}
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(UsageError, match="cannot be made: File exists"):
+        RunFolder.create(file, "x")
+    assert file.read_text() == "mine"
+
+
+def test_two_runs_in_a_second_get_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second = RunFolder.create(None, "job"), RunFolder.create(None, "job")
+    assert first.path != second.path
+    assert first.path.parent == second.path.parent == Path("runs")
+
+
+def test_weights_are_replaced_whole_and_tied_ones_kept(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    folder = RunFolder.create(tmp_path, "x")
+    weight = torch.arange(6.0).reshape(2, 3)
+    folder.write_weights({"a": weight, "b": weight, "c": weight.t(), "extra": "not a tensor"})
+    read = safetensors.torch.load_file(folder.weights)
+    assert sorted(read) == ["a", "b", "c"]
+    assert torch.equal(read["b"], weight)
+    assert torch.equal(read["c"], weight.t())
+    folder.write_weights({"a": weight + 1})
+    assert torch.equal(safetensors.torch.load_file(folder.weights)["a"], weight + 1)
+    assert [path.name for path in folder.weights.parent.iterdir()] == ["model.safetensors"]

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.gang import Gang
+from wagontrain.transport import Context, SentBytes, fingerprints, lost_peer
+
+
+def exchanged(context: Context) -> dict[str, object]:
+    rank = context.world.rank
+    pending = context.gather_later(torch.tensor([rank, 0.5]))
+    return {
+        "later": pending.result(),
+        "sum": context.sum([rank, 1.0]),
+        "integers": context.gather_integers([2**60 + rank]),
+        "text": context.gather_text(f"hôst-{rank}"),
+        "long": len(context.gather_text("x" * 1000)[0]),
+        "first": [context.first_to("speak"), context.first_to("sing")],
+    }
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_every_rank_hears_all_ranks(gang: Gang, size: int) -> None:
+    results = gang.run(size, exchanged)
+    for result in results:
+        assert result["later"] == [[float(rank), 0.5] for rank in range(size)]
+        assert result["sum"] == [sum(range(size)), size]
+        assert result["integers"] == [[2**60 + rank] for rank in range(size)]
+        assert result["text"] == [f"hôst-{rank}" for rank in range(size)]
+        assert result["long"] == 255
+    assert sum(result["first"][0] for result in results) == 1
+    assert sum(result["first"][1] for result in results) == 1
+
+
+def test_fingerprints_tell_every_bit() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool):
+        one = torch.ones(5, 3).to(dtype)
+        other = one.clone()
+        assert fingerprints([one]) == fingerprints([other])
+        other[2, 1] = 0
+        assert fingerprints([one]) != fingerprints([other])
+    near = torch.ones(4)
+    next_up = near.clone()
+    next_up[3] = torch.nextafter(near[3], torch.tensor(2.0))
+    assert fingerprints([near]) != fingerprints([next_up])
+    assert fingerprints([torch.zeros(3)]) != fingerprints([torch.zeros(4)])
+    assert fingerprints([torch.zeros(2, dtype=torch.complex64), torch.zeros(0)]) == [4, 0]
+
+
+def test_bytes_as_the_kernel_counts_them() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        sent = SentBytes()
+        client.sendall(b"x" * 1000)
+        assert sent.total() == 1000
+        before = sent.total()
+        client.sendall(b"x" * 50)
+        assert sent.since(before) == 50
+        later = socket.create_connection(server.getsockname())
+        later.sendall(b"x" * 7)
+        assert sent.since(before) == 50  # not found yet
+        sent.refresh()
+        assert sent.since(before) == 57
+        sent.close()
+        for sock in (client, later, peer):
+            sock.close()
+
+
+def test_whoever_talks_to_nobody_counts_nothing() -> None:
+    context = Context()
+    assert context.sent.total() == 0
+    assert context.gather([1.0, 2.0]) == [[1.0, 2.0]]
+    assert context.first_to("anything")
+
+
+def test_losing_a_peer_is_told_from_other_errors() -> None:
+    assert lost_peer(dist.DistNetworkError("x"))
+    assert lost_peer(RuntimeError("[/x/gloo/transport/tcp/pair.cc:538] Connection closed by peer"))
+    assert not lost_peer(RuntimeError("shapes do not match"))
+    assert not lost_peer(ValueError("Connection closed by peer"))
