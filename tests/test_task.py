@@ -172,3 +172,19 @@ def test_steps_of_an_epoch() -> None:
     assert (task.samples, task.steps_per_epoch) == (18, 3)
     assert dataclasses.replace(task, batch_size=9).steps_per_epoch == 2
     assert partial(dataclasses.replace, task)(batch_size=18).steps_per_epoch == 1
+
+
+def test_what_a_task_function_draws_at_random_is_the_same_for_every_worker() -> None:
+    def source() -> wt.Task:
+        data = TensorDataset(torch.randn(9, 5), torch.randn(9))
+        drawn.append((data.tensors[0].sum().item(), random.random()))
+        return dataclasses.replace(build("linear-regression"), train=data, batch_size=3)
+
+    drawn: list[tuple[float, float]] = []
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    make_task(source)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(6)
+    make_task(source)
+    assert drawn[0] == drawn[1]

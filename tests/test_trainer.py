@@ -280,3 +280,22 @@ def test_one_gpu_trains_as_the_cpu_does() -> None:
             with wt.Run(task, DataParallel(), context) as run:
                 losses[device] = [run.step(batch).loss for batch in run.batches()]
         assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
+
+
+def different_data(context: Context, validation: bool) -> str:
+    """Data made at random by each rank for itself, as an unseeded random_split makes it."""
+    own = TensorDataset(torch.randn(18, 5), torch.randn(18))
+    task = build("linear-regression")
+    task = dataclasses.replace(task, **{"validation" if validation else "train": own})
+    try:
+        wt.Run(task, DataParallel(), context)
+    except wt.TaskError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_ranks_with_different_data_are_noticed(gang: Gang, validation: bool) -> None:
+    name = "validation" if validation else "train"
+    for message in gang.run(2, different_data, validation):
+        assert f"the {name} data of rank 1 is not that of rank 0" in message

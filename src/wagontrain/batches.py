@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from wagontrain.errors import TaskError
 from wagontrain.mesh import equal_shares, ranges, shares
-from wagontrain.task import Task, describe, origin, place
+from wagontrain.task import Task, describe, origin, place, seeded_numbers
+from wagontrain.transport import fingerprints
 
 
 def mix(*parts: int | str) -> int:
@@ -222,6 +225,23 @@ class Batches:
         )
 
 
+def few_samples(batches: Batches) -> list[int]:
+    """Fingerprints of the first, the middle and the last sample, and the number of samples.
+
+    Ranks compare them: a data set that each has built or split at random by itself would train
+    on some samples twice and validate on others that were trained on, and nobody would notice.
+    """
+    last = batches.order.samples - 1
+    prints = [batches.order.samples]
+    for index in (0, last // 2, last):
+        key: Any = (0, index) if isinstance(batches.dataset, SeededDataset) else index
+        for leaf in pytree.tree_leaves(batches.dataset[key]):
+            tensor = leaf if isinstance(leaf, Tensor) else None
+            text = str(leaf).encode() if isinstance(leaf, int | float | str | np.ndarray) else b""
+            prints.append(fingerprints([tensor])[0] if tensor is not None else zlib.crc32(text))
+    return prints
+
+
 class _Parts:
     """A batch sampler that gives out what it was last told to."""
 
@@ -265,21 +285,8 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        seed = mix(self.seed, "sample", epoch, index)
-        before = _random_state()
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        try:
+        with seeded_numbers(mix(self.seed, "sample", epoch, index)):
             return self.dataset[index]
-        finally:
-            torch.default_generator.set_state(before[0])
-            random.setstate(before[1])
-            np.random.set_state(before[2])
-
-
-def _random_state() -> tuple[Tensor, Any, Any]:
-    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
 
 
 def seeded(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
@@ -289,18 +296,19 @@ def seeded(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
 
 def draws_at_random(dataset: Dataset[Any]) -> bool:
     """Whether fetching the first sample moves torch's, Python's or NumPy's random numbers."""
-    before = _random_state()
-    try:
-        dataset[0]
-    except Exception as error:  # whatever the user's data set raises is theirs to read
-        raise TaskError(f"the data set's first sample cannot be read: {origin(error)}") from error
-    after = _random_state()
-    torch.default_generator.set_state(before[0])
-    random.setstate(before[1])
-    np.random.set_state(before[2])
-    return (
-        not torch.equal(before[0], after[0])
-        or before[1] != after[1]
-        or before[2][2] != after[2][2]
-        or not np.array_equal(before[2][1], after[2][1])
-    )
+    with seeded_numbers(0):
+        before = _random_state()
+        try:
+            dataset[0]
+        except Exception as error:  # whatever the user's data set raises is theirs to read
+            raise TaskError(
+                f"the data set's first sample cannot be read: {origin(error)}"
+            ) from error
+        return _random_state() != before
+
+
+def _random_state() -> tuple[bytes, Any, tuple[Any, ...]]:
+    """The state of torch's, Python's and NumPy's random numbers, to compare."""
+    kind, keys, *rest = np.random.get_state()
+    torchs = torch.default_generator.get_state().numpy().tobytes()
+    return torchs, random.getstate(), (kind, np.asarray(keys).tobytes(), *rest)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -10,7 +12,7 @@ import typer
 from rich.console import Console
 
 from wagontrain import verify as verification
-from wagontrain.errors import UsageError, WagontrainError
+from wagontrain.errors import Interrupted, UsageError, WagontrainError
 from wagontrain.jobs import start
 from wagontrain.progress import Progress
 from wagontrain.registry import discover, make_strategy
@@ -52,17 +54,18 @@ def run(
 ) -> None:
     """Train the task in FILE."""
     chosen = make_strategy(strategy, _settings(settings))
-    start(
-        load_task(file),
-        chosen,
-        workers=workers,
-        run_dir=run_dir,
-        steps=steps,
-        overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
-        task_file=file,
-        label=Path(file.partition(":")[0]).stem,
-        display=Progress(Console()),
-    )
+    with _stoppable():
+        start(
+            load_task(file),
+            chosen,
+            workers=workers,
+            run_dir=run_dir,
+            steps=steps,
+            overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
+            task_file=file,
+            label=Path(file.partition(":")[0]).stem,
+            display=Progress(Console()),
+        )
 
 
 @app.command(epilog="Example: wagontrain strategies")
@@ -95,15 +98,16 @@ def verify(
     """Show whether a strategy trains the task in FILE as one process would."""
     if dtype is not None and dtype not in verification.TOLERANCE:
         raise UsageError(f"dtype {dtype!r}: give one of {', '.join(verification.TOLERANCE)}")
-    verdict = verification.verify(
-        load_task(file),
-        make_strategy(strategy, _settings(settings)),
-        workers=workers,
-        steps=steps,
-        dtype=cast(verification.Dtype | None, dtype),
-        task_file=file,
-        overrides=_given(batch_size=batch_size, seed=seed),
-    )
+    with _stoppable():
+        verdict = verification.verify(
+            load_task(file),
+            make_strategy(strategy, _settings(settings)),
+            workers=workers,
+            steps=steps,
+            dtype=cast(verification.Dtype | None, dtype),
+            task_file=file,
+            overrides=_given(batch_size=batch_size, seed=seed),
+        )
     if json:
         print(verdict.to_json())
     else:
@@ -132,6 +136,15 @@ def _verdict_lines(verdict: verification.Verdict) -> list[str]:
     else:
         lines.append("not the same, as expected: the strategy is relaxed with these settings")
     return lines
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Within, Ctrl-C is an error like others: a line, and an exit status."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("stopped by Ctrl-C; all workers were ended") from None
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
@@ -164,6 +177,3 @@ def main() -> None:
     except WagontrainError as error:
         print(f"wagontrain: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("wagontrain: stopped by Ctrl-C; all workers were ended", file=sys.stderr)
-        sys.exit(130)

@@ -3,6 +3,7 @@
     WagontrainError
     ├── UsageError          the request cannot be honoured; nothing was started     exit status 2
     │   └── TaskError       ... because of what the task says
+    ├── Interrupted         the user stopped it                                     exit status 130
     └── TrainingError       training began and could not go on                      exit status 1
         ├── ModelError      the user's model or loss failed on a batch
         ├── LossError       the loss is not a finite number
@@ -32,6 +33,12 @@ class UsageError(WagontrainError):
 
 class TaskError(UsageError):
     """The task itself is not trainable as it stands."""
+
+
+class Interrupted(WagontrainError):
+    """The user stopped it, by Ctrl-C on the command line."""
+
+    exit_status = 130
 
 
 class TrainingError(WagontrainError):

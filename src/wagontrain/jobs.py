@@ -161,7 +161,9 @@ def start(
             f"{workers} workers were asked for in a job of {place.size} that torchrun started: "
             "leave the number out"
         )
-    count = place.size if place else workers or max(1, torch.cuda.device_count())
+    count = place.size if place else max(1, torch.cuda.device_count())
+    if workers is not None:
+        count = workers
     check_workers(count, place)
     task = make_task(source, overrides)
     if steps is not None and steps < 1:

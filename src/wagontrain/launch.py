@@ -7,6 +7,7 @@ variables) a process finds its place in the environment.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -277,8 +278,6 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
 
     from wagontrain.rendezvous import LoopbackRendezvous, NoLogs
 
-    # The agent reports failures at length on stderr; the message below says it once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     rendezvous = LoopbackRendezvous(WAIT)
     spec = WorkerSpec(
         role="worker",
@@ -297,7 +296,8 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
     )
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        result = agent.run()
+        with _quiet_agent():
+            result = agent.run()
     except SignalException as stop:
         if stop.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -310,6 +310,21 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
     if result.is_failed():
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         raise cause(codes, read_failures(folder), logs)
+
+
+@contextlib.contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Within, the agent does not log: it reports at length what is said once by `cause`."""
+    prefix = "torch.distributed.elastic"
+    names = [name for name in logging.root.manager.loggerDict if name.startswith(prefix)]
+    before = {name: logging.getLogger(name).disabled for name in names}
+    try:
+        for name in names:
+            logging.getLogger(name).disabled = True
+        yield
+    finally:
+        for name, disabled in before.items():
+            logging.getLogger(name).disabled = disabled
 
 
 # The shell becomes the command; torch's agent would leave the files open in this process.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -126,12 +128,8 @@ class Task:
         Raises:
             TaskError: the model is not an `nn.Module`, has lazy or no trainable parameters.
         """
-        python_state = random.getstate()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            random.seed(self.seed)
+        with seeded_numbers(self.seed):
             model = self.model()
-        random.setstate(python_state)
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task.model returned {type(model).__name__}: return an nn.Module")
         parameters = list(model.parameters())
@@ -243,16 +241,38 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
+@contextlib.contextmanager
+def seeded_numbers(seed: int) -> Iterator[None]:
+    """Within, torch's, Python's and NumPy's random numbers begin at `seed`; then as before."""
+    before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])
+
+
 TaskSource = Task | Callable[[], Task]
 
 
 def make_task(source: TaskSource, overrides: Mapping[str, Any] | None = None) -> Task:
     """The task that `source` is or builds, with the given fields replaced.
 
+    A function is called with all random numbers seeded, so that what it makes or splits at
+    random is the same on every worker; the caller's random state is left as it was.
+
     Raises:
         TaskError: `source` builds something else, or a replaced field is not acceptable.
     """
-    task = source() if callable(source) else source
+    if callable(source):
+        with seeded_numbers(0):
+            task = source()
+    else:
+        task = source
     if not isinstance(task, Task):
         raise TaskError(
             f"{getattr(source, '__name__', source)!r} gave {type(task).__name__}: "

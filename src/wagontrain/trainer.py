@@ -10,14 +10,15 @@ import resource
 import socket
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from wagontrain.batches import Batch, Batches
-from wagontrain.errors import UsageError
+from wagontrain.batches import Batch, Batches, few_samples
+from wagontrain.errors import TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.strategy import StepReport, Strategy
@@ -76,6 +77,7 @@ class Run:
         device, cut = context.world.device, self.runner.cut
         self.training = Batches.of_training(task, device, cut)
         self.validation = Batches.of_validation(task, device, cut)
+        self._compare_data()
         self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
         self.step_count = 0
         self.values: dict[str, float] = {}
@@ -212,6 +214,19 @@ class Run:
         if kind is not None:
             self._events.send("failed", message=f"{kind.__name__}: {details[0]}")
             self._events.close()
+
+    def _compare_data(self) -> None:
+        for name, batches in (("train", self.training), ("validation", self.validation)):
+            if batches is None:
+                continue
+            rows = self.context.gather_integers([zlib.crc32(repr(few_samples(batches)).encode())])
+            for rank, row in enumerate(rows):
+                if row != rows[0]:
+                    raise TaskError(
+                        f"the {name} data of rank {rank} is not that of rank 0: it was made or "
+                        "split at random; build it inside the task function, or give "
+                        "random_split a generator with a fixed seed"
+                    )
 
     def _announce(self) -> None:
         world = self.context.world

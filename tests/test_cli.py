@@ -1,0 +1,374 @@
+"""The command line: what is refused, in process; what is run, in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from wagontrain import cli
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent
+
+TASK = """
+import time
+from functools import partial
+import torch
+from torch import nn
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+import wagontrain as wt
+
+def make(**fields) -> wt.Task:
+    data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+    return wt.Task(**dict(model=partial(nn.Linear, 4, 2), loss=F.cross_entropy,
+                   optimizer=partial(torch.optim.SGD, lr=0.1), train=data, batch_size=8) | fields)
+
+def task() -> wt.Task:
+    return make()
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.05)
+        return super().forward(x)
+
+def slow() -> wt.Task:
+    return make(model=partial(Slow, 4, 2), epochs=1000)
+
+def one_raises() -> wt.Task:
+    return make(optimizer=broken_optimizer)
+
+def broken_optimizer(parameters):
+    import torch.distributed as dist
+    if dist.get_rank() == 1:
+        raise LookupError("only on rank one")
+    return torch.optim.SGD(parameters, lr=0.1)
+
+class Wrong(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.bias * (torch.distributed.is_initialized() and 0.01)
+
+def wrong() -> wt.Task:
+    return make(model=partial(Wrong, 4, 2))
+
+def diverges() -> wt.Task:
+    return make(loss=lambda output, target: (output * 1e30).square().sum().exp())
+
+if __name__ == "__main__":
+    wt.fit(task, quiet=True, run_dir="from_script")
+"""
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    file = tmp_path / "job.py"
+    file.write_text(TASK)
+    return file
+
+
+def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: str) -> str:
+    """The one line that a request is refused with, after checking that it is one line."""
+    monkeypatch.setattr(sys, "argv", ["wagontrain", *arguments])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--strategy", "data-paralel"], "no strategy 'data-paralel'; did you mean"),
+        (["--set", "bukket_mb=3"], "no setting 'bukket_mb'; did you mean 'bucket_mb'?"),
+        (["--set", "bucket_mb"], "--set 'bucket_mb' is not FIELD=VALUE"),
+        (["--set", "compression=zip"], "cannot take compression=zip"),
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--batch-size", "65"], "batch_size is 65, but the data set has 64 samples"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--steps", "0"], "0 steps were asked for"),
+        (["--workers", "0"], "0 workers were asked for"),
+        (["--workers", "9"], "9 workers cannot share a batch of 8"),
+        (["--workers", "100000"], "each would be starved"),
+        (["--workers", "two"], "Invalid value for '--workers'"),
+    ],
+)  # fmt: skip
+def test_slips_are_one_line(
+    task_file: Path,
+    tmp_path: Path,
+    capsys: Any,
+    monkeypatch: Any,
+    arguments: list[str],
+    message: str,
+) -> None:
+    folder = tmp_path / "run"
+    found = refused(
+        capsys, monkeypatch, "run", str(task_file), "--run-dir", str(folder), *arguments
+    )
+    assert message in found
+    assert not folder.exists()
+    if not message.startswith("Invalid"):
+        assert found.startswith("wagontrain: ")
+        assert len(found.splitlines()) == 1
+
+
+def test_a_file_without_a_task_is_one_line(
+    task_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert "has no 'nothing'" in refused(capsys, monkeypatch, "run", f"{task_file}:nothing")
+    assert "does not exist" in refused(capsys, monkeypatch, "run", str(tmp_path / "none.py"))
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    task_file: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    (tmp_path / "summary.json").write_text("precious")
+    for workers in ("1", "2"):
+        arguments = ("run", str(task_file), "--run-dir", str(tmp_path), "--workers", workers)
+        assert "already holds a run" in refused(capsys, monkeypatch, *arguments)
+    assert (tmp_path / "summary.json").read_text() == "precious"
+    assert not (tmp_path / "events.jsonl").exists()
+
+
+def test_verify_refuses_what_it_does_not_know(
+    task_file: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    arguments = ("verify", str(task_file), "--dtype", "int8")
+    assert "dtype 'int8': give one of" in refused(capsys, monkeypatch, *arguments)
+
+
+def test_strategies_are_listed_with_their_settings(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "argv", ["wagontrain", "strategies"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert "data-parallel (exact): whole model on every worker" in text
+    assert "    bucket_mb = 25.0" in text
+
+
+def clean_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+
+
+def wagontrain(*arguments: str, folder: Path, limit: float = 120) -> Any:
+    """Run the command to its end, in `folder`."""
+    return subprocess.run(
+        [SCRIPTS / "wagontrain", *arguments], cwd=folder, timeout=limit, text=True,
+        capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+
+
+def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path: Path) -> None:
+    summaries = []
+    for workers in ("1", "2"):
+        folder = tmp_path / f"run{workers}"
+        done = wagontrain(
+            "run", str(task_file), "--workers", workers, "--seed", "3", "--run-dir", str(folder),
+            folder=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"over {workers} worker" in done.stdout
+        assert str(folder) in done.stdout.replace("\n", "")
+        summaries.append(json.loads((folder / "summary.json").read_text()))
+    assert [summary["world_size"] for summary in summaries] == [1, 2]
+    script = subprocess.run(
+        [SCRIPTS / "torchrun", "--nproc-per-node", "2", task_file], cwd=tmp_path, timeout=120,
+        text=True, capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert script.returncode == 0, script.stderr
+    summaries.append(json.loads((tmp_path / "from_script" / "summary.json").read_text()))
+    assert {summary["steps"] for summary in summaries} == {8}
+
+
+def test_verify_passes_and_fails(task_file: Path, tmp_path: Path) -> None:
+    good = wagontrain("verify", str(task_file), "--json", "--steps", "9", folder=tmp_path)
+    assert good.returncode == 0, good.stderr
+    verdict = json.loads(good.stdout)
+    assert verdict["exact"] is True
+    assert verdict["passed"] is True
+    assert verdict["max_loss_deviation"] < 1e-12
+    assert verdict["max_parameter_deviation"] < 1e-12
+    bad = wagontrain("verify", f"{task_file}:wrong", "--workers", "2", folder=tmp_path)
+    assert bad.returncode == 1
+    assert "FAILED: not the training that one process would do" in bad.stdout
+
+
+def test_a_relaxed_strategy_may_differ(task_file: Path, tmp_path: Path) -> None:
+    done = wagontrain(
+        "verify", str(task_file), "--set", "compression=bf16", "--json", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads(done.stdout)
+    assert (verdict["exact"], verdict["passed"]) == (False, False)
+
+
+def test_the_failing_ranks_own_traceback_is_shown_once(task_file: Path, tmp_path: Path) -> None:
+    done = wagontrain("run", f"{task_file}:one_raises", "--workers", "2", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("LookupError: only on rank one") == 1
+    assert "worker rank 1 failed:" in done.stderr
+
+
+def test_a_diverging_loss_ends_the_run_with_status_one(task_file: Path, tmp_path: Path) -> None:
+    done = wagontrain("run", f"{task_file}:diverges", "--workers", "2", folder=tmp_path)
+    assert done.returncode == 1
+    assert re.search(r"^wagontrain: the loss is (inf|nan) at step 0", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+class Running:
+    """A run under way in processes of its own, ended at the latest with the test."""
+
+    def __init__(self, task_file: Path, workers: int = 2) -> None:
+        self.folder = task_file.parent / "slow-run"
+        self.process = subprocess.Popen(
+            [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", str(workers),
+             "--run-dir", str(self.folder)],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        limit = time.monotonic() + 60
+        events = self.folder / "events.jsonl"
+        while not (events.exists() and '"step": 3' in events.read_text()):
+            assert time.monotonic() < limit, "the run did not begin"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.1)
+        self.workers = self.children()
+        assert len(self.workers) == workers
+
+    def children(self) -> dict[int, int]:
+        """Process of each rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            parent = f"{self.process.pid}".encode()
+            if b"wagontrain.worker" in command and self._parent(folder) == parent:
+                rank = next(item for item in variables if item.startswith(b"RANK="))
+                found[int(rank[5:])] = int(folder.name)
+        return found
+
+    @staticmethod
+    def _parent(folder: Path) -> bytes:
+        return (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
+
+    def end(self, within: float) -> tuple[str, str]:
+        """What it printed by its end, which has to come in time and leave nothing running."""
+        out, err = self.process.communicate(timeout=within)
+        limit = time.monotonic() + within
+        while any(Path(f"/proc/{child}").exists() for child in self.workers.values()):
+            assert time.monotonic() < limit, "a worker is left running"
+            time.sleep(0.1)
+        return out, err
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
+
+
+def test_killing_a_worker_ends_all_and_names_it(task_file: Path) -> None:
+    with Running(task_file) as running:
+        os.kill(running.workers[1], signal.SIGKILL)
+        _, err = running.end(within=10)
+        assert running.process.returncode == 1
+        assert "worker rank 1 was killed by SIGKILL" in err
+        assert "Traceback" not in err
+        assert len(err.splitlines()) == 1
+        assert json.loads((running.folder / "events.jsonl").read_text().splitlines()[-1])
+
+
+def test_ctrl_c_ends_all(task_file: Path) -> None:
+    with Running(task_file) as running:
+        running.process.send_signal(signal.SIGINT)
+        _, err = running.end(within=10)
+        assert running.process.returncode == 130
+        assert err.strip() == "wagontrain: stopped by Ctrl-C; all workers were ended"
+
+
+def test_nothing_listens_beyond_loopback(task_file: Path) -> None:
+    with Running(task_file) as running:
+        pids = {running.process.pid, *running.workers.values()}
+        inodes = set()
+        for pid in pids:
+            for link in Path(f"/proc/{pid}/fd").iterdir():
+                target = str(link.readlink())
+                if target.startswith("socket:["):
+                    inodes.add(target[8:-1])
+        listening = []
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in inodes:
+                    listening.append(fields[1].rpartition(":")[0])
+        assert listening
+        assert set(listening) == {"0100007F"}
+        os.kill(running.process.pid, signal.SIGTERM)
+        running.end(within=10)
+
+
+NOTEBOOK = """
+import torch, wagontrain as wt
+from functools import partial
+from torch import nn
+from torch.utils.data import TensorDataset
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(width, 1)
+    def forward(self, x):
+        return self.head(x)
+
+width = 3
+data = TensorDataset(torch.randn(40, width), torch.randn(40, 1))
+rate = 0.1
+task = lambda: wt.Task(model=Net, loss=nn.functional.mse_loss, train=data, batch_size=10,
+                       optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate))
+result = wt.fit(task, workers=2, run_dir="notebook", quiet=True)
+again = wt.fit(task, workers=2, run_dir="again", quiet=True)
+assert result.summary["world_size"] == 2
+net = Net()
+net.load_state_dict(result.state_dict())
+for name, value in again.state_dict().items():
+    assert torch.equal(value, result.state_dict()[name])
+print("trained", result.summary["steps"])
+"""
+
+
+def test_fit_from_a_notebook(tmp_path: Path) -> None:
+    """Classes, lambdas and variables of an interactive session, which is no file."""
+    done = subprocess.run(
+        [sys.executable, "-"], input=NOTEBOOK, cwd=tmp_path, timeout=120, text=True,
+        capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "trained 4\n"
+
+
+def test_torchrun_lets_one_rank_speak(task_file: Path, tmp_path: Path) -> None:
+    script = tmp_path / "bad.py"
+    script.write_text("import wagontrain as wt, job\nwt.fit(job.diverges, run_dir='bad')\n")
+    done = subprocess.run(
+        [SCRIPTS / "torchrun", "--nproc-per-node", "2", script], cwd=tmp_path, timeout=120,
+        text=True, capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(re.findall(r"wagontrain: rank \d: the loss is", done.stderr)) == 1
