@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from wagontrain import verify as verification
-from wagontrain.errors import Interrupted, UsageError, WagontrainError
+from wagontrain.errors import StoppedError, UsageError, WagontrainError
 from wagontrain.jobs import start
 from wagontrain.progress import Progress
 from wagontrain.registry import discover, make_strategy
@@ -144,7 +144,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted("stopped by Ctrl-C; all workers were ended") from None
+        raise StoppedError("stopped by Ctrl-C; all workers were ended") from None
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:

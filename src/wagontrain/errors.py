@@ -3,7 +3,7 @@
     WagontrainError
     ├── UsageError          the request cannot be honoured; nothing was started     exit status 2
     │   └── TaskError       ... because of what the task says
-    ├── Interrupted         the user stopped it                                     exit status 130
+    ├── StoppedError        the user stopped it                                     exit status 130
     └── TrainingError       training began and could not go on                      exit status 1
         ├── ModelError      the user's model or loss failed on a batch
         ├── LossError       the loss is not a finite number
@@ -35,7 +35,7 @@ class TaskError(UsageError):
     """The task itself is not trainable as it stands."""
 
 
-class Interrupted(WagontrainError):
+class StoppedError(WagontrainError):
     """The user stopped it, by Ctrl-C on the command line."""
 
     exit_status = 130

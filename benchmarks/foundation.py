@@ -1,0 +1,191 @@
+"""wagontrain against plain PyTorch: one process against a bare loop, two against a DDP script.
+
+    python benchmarks/foundation.py [--rounds 30]
+
+Both sides run in the same processes, in turns of a few steps each, so that a change of the
+machine's speed meets both. A ratio is plain time / wagontrain time of one round: above 1,
+wagontrain is faster. wagontrain keeps its run's files (events, TensorBoard) as `fit` does; the
+plain loops keep nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import plain
+
+import wagontrain as wt
+from wagontrain import launch
+from wagontrain.folder import RunFolder
+from wagontrain.strategies.data_parallel import DataParallel
+from wagontrain.task import load_task, make_task
+from wagontrain.transport import Context
+
+ROOT = Path(__file__).parents[1]
+STEPS = {"LeNet": 40, "char LM": 12, "MLP 10 M": 15}
+
+
+def lenet() -> wt.Task:
+    return make_task(load_task(str(ROOT / "examples" / "mnist.py")))
+
+
+def char_lm() -> wt.Task:
+    """Without its schedule, which ends after one epoch."""
+    task = make_task(load_task(str(ROOT / "examples" / "char_lm.py")))
+    return dataclasses.replace(task, scheduler=None)
+
+
+def mlp() -> wt.Task:
+    """10.0 M parameters: the exchange weighs more than the computing."""
+    generator = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(4096, 784, generator=generator),
+        torch.randint(0, 10, (4096,), generator=generator),
+    )
+    return wt.Task(
+        model=lambda: nn.Sequential(
+            nn.Linear(784, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(),
+            nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10),
+        ),
+        loss=F.cross_entropy,
+        optimizer=partial(torch.optim.SGD, lr=0.01),
+        train=data,
+        batch_size=128,
+    )  # fmt: skip
+
+
+TASKS: dict[str, Callable[[], wt.Task]] = {"LeNet": lenet, "char LM": char_lm, "MLP 10 M": mlp}
+
+
+def ours(task: wt.Task, context: Context, folder: Path) -> Iterator[float | None]:
+    """The same training by wagontrain: yields the loss after every step, for ever."""
+    endless = dataclasses.replace(task, epochs=10**6, validation=None, metrics={})
+    keep = RunFolder.create(folder, "bench") if context.world.rank == 0 else None
+    run = wt.Run(endless, DataParallel(), context, keep)
+    for batch in run.batches():
+        yield run.step(batch).loss
+
+
+def rounds(name: str, context: Context, count: int, folder: Path) -> list[tuple[float, float]]:
+    """(plain, wagontrain) seconds a step, round by round."""
+    task = TASKS[name]()
+    other = plain.bare_loop(task) if context.world.size == 1 else plain.ddp_script(task)
+    sides: list[Iterator[object]] = [other, ours(task, context, folder)]
+    steps = STEPS[name]
+    result = []
+    for number in range(count + 1):
+        seconds = [0.0, 0.0]
+        for side in (0, 1) if number % 2 else (1, 0):
+            context.barrier()
+            began = time.perf_counter()
+            for _ in range(steps):
+                next(sides[side])
+            seconds[side] = (time.perf_counter() - began) / steps
+        if number:  # the first round warms up
+            result.append((seconds[0], seconds[1]))
+    return result
+
+
+def work(out: Path, names: list[str], count: int) -> None:
+    """What each process does; rank 0 leaves the figures."""
+    context = launch.join(launch.place_from_environment())
+    figures = {name: rounds(name, context, count, out / f"run-{name}") for name in names}
+    if context.world.rank == 0:
+        (out / "figures.json").write_text(json.dumps(figures))
+    launch.leave(context)
+
+
+def measure(workers: int, names: list[str], count: int) -> dict[str, list[tuple[float, float]]]:
+    """Figures of so many processes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        command = [sys.executable, __file__, "--work", str(folder), "--rounds", str(count)]
+        launch.start_workers([*command, *names], workers, folder, folder)
+        result: dict[str, list[tuple[float, float]]] = json.loads(
+            (folder / "figures.json").read_text()
+        )
+    return result
+
+
+def table(figures: dict[str, list[tuple[float, float]]], against: str) -> list[str]:
+    """Markdown rows: medians and the ratio's quartiles."""
+    lines = [
+        f"| model | {against}, ms a step | wagontrain, ms a step | ratio, median | quartiles |",
+        "|---|---|---|---|---|",
+    ]
+    for name, pairs in figures.items():
+        ratios = sorted(other / own for other, own in pairs)
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        other, own = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+        lines.append(
+            f"| {name} | {other:.2f} | {own:.2f} | **{middle:.3f}** | {low:.3f} to {high:.3f} |"
+        )
+    return lines
+
+
+def machine() -> str:
+    """Processor and cores."""
+    model = next(
+        (
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    return f"{model}, {launch.cores()} cores; Python {platform.python_version()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("names", nargs="*")
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, arguments.names, arguments.rounds)
+        return
+    alone = measure(1, ["LeNet", "char LM"], arguments.rounds)
+    pair = measure(2, ["LeNet", "MLP 10 M", "char LM"], arguments.rounds)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+        check=True,
+    ).stdout.strip()  # fmt: skip
+    date = time.strftime("%Y-%m-%d")
+    text = [
+        f"# Foundation: wagontrain against plain PyTorch, {date}", "",
+        f"Commit {commit}; {machine()}; torch {torch.__version__}. "
+        f"`python benchmarks/foundation.py --rounds {arguments.rounds}`: both sides in the same "
+        "processes in turns; ratio = plain time / wagontrain time per round, above 1 wagontrain "
+        "is faster.", "",
+        "## One process against a bare PyTorch loop", "",
+        *table(alone, "bare loop"), "",
+        "## Two processes against a hand-written DDP script", "",
+        *table(pair, "DDP script"), "",
+    ]  # fmt: skip
+    file = ROOT / "benchmarks" / "results" / f"{date}-foundation.md"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("\n".join(text))
+    print("\n".join(text))
+
+
+if __name__ == "__main__":
+    main()

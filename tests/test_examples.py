@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_cli import ROOT, clean_environment, wagontrain
+
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import an example by name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def test_mnist_reads_at_least_96_percent_of_the_digits(tmp_path: Path) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "mnist.py"), "--workers", "2", "--strategy", "data-parallel",
+        "--run-dir", "R", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.96
+    assert summary["world_size"] == 2
+
+
+def test_mnist_splits_its_digits_once(examples: Any) -> None:
+    train, validation = examples("mnist").digits()
+    assert (len(train), len(validation)) == (4000, 1000)
+    assert not set(train.indices) & set(validation.indices)
+    image, digit = train[0]
+    assert image.shape == (1, 28, 28)
+    assert 0 <= int(digit) <= 9
+    assert train.indices == examples("mnist").digits()[0].indices
+
+
+def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "linear_regression.py"], cwd=tmp_path, timeout=240, text=True,
+        capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    by_hand, one_step, converged = (
+        float(number) for number in re.findall(r"largest difference.*: (\S+)", done.stdout)
+    )
+    assert by_hand < 1e-12
+    assert one_step < 1e-12
+    assert converged < 1e-4
+
+
+def test_char_lm_learns(tmp_path: Path) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "char_lm.py"), "--workers", "2", "--steps", "30", "--run-dir", "R",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [
+        event["loss"]
+        for line in (tmp_path / "R" / "events.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["kind"] == "step"
+    ]
+    assert losses[0] > 4
+    assert losses[-1] < 3
+
+
+def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
+    module = examples("char_lm")
+    text = module.bible()
+    assert "In the beginning God created the heaven and the earth." in text[:200]
+    assert len(text) > 4_000_000
+    model = module.CharacterModel(30)
+    codes = torch.randint(0, 30, (2, module.CONTEXT))
+    changed = codes.clone()
+    changed[:, 40:] = 0
+    before, after = model(codes), model(changed)
+    assert torch.allclose(before[:, :40], after[:, :40], atol=1e-5)
+    assert not torch.allclose(before[:, 40:], after[:, 40:], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"), [("mnist", "3"), ("linear_regression", "4"), ("char_lm", "2")]
+)
+def test_examples_train_as_one_process_does(name: str, workers: str, tmp_path: Path) -> None:
+    done = wagontrain(
+        "verify", str(EXAMPLES / f"{name}.py"), "--strategy", "data-parallel", "--workers",
+        workers, "--steps", "6", "--json", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is True
