@@ -184,7 +184,9 @@ class Single(Broken):
 
 
 def test_bad_samples_are_named() -> None:
-    with pytest.raises(TaskError, match="first sample cannot be read: OSError: disk on fire"):
+    with pytest.raises(
+        TaskError, match="a sample of the data set cannot be read: OSError: disk on fire"
+    ):
         draws_at_random(Broken())
     with pytest.raises(TaskError, match=r"collate to \[2, 2\]: each sample has to be a pair"):
         next(Batches(Single(), Order(3, 2)).epoch(0))

@@ -372,3 +372,94 @@ def test_torchrun_lets_one_rank_speak(task_file: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert len(re.findall(r"wagontrain: rank \d: the loss is", done.stderr)) == 1
+
+
+EARLY = """
+import os, sys
+import job
+
+def task():
+    task = job.make(epochs=500)
+    return task
+
+def leaving(how, rank):
+    def optimizer(parameters):
+        import torch, torch.distributed as dist
+        if rank in (None, dist.get_rank()):
+            how()
+        return torch.optim.SGD(parameters, lr=0.1)
+    return lambda: job.make(optimizer=optimizer)
+
+exits = leaving(lambda: sys.exit(3), 1)
+all_vanish = leaving(lambda: os._exit(0), None)
+one_vanishes = leaving(lambda: os._exit(0), 1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("exits", "rank 1: the task ended the process by sys.exit(3)"),
+        ("all_vanish", "all workers ended with status 0 before the training did"),
+        ("one_vanishes", "worker rank 1 ended early, with status 0"),
+    ],
+)
+def test_a_worker_that_leaves_is_named(
+    task_file: Path, tmp_path: Path, name: str, message: str
+) -> None:
+    file = tmp_path / "early.py"
+    file.write_text(EARLY)
+    done = wagontrain("run", f"{file}:{name}", "--workers", "2", folder=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fit_takes_along_what_the_script_can_import(tmp_path: Path) -> None:
+    """A script in another folder whose neighbour module the task needs."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "neighbour.py").write_text(TASK)
+    script = folder / "script.py"
+    script.write_text(
+        "import wagontrain as wt\nimport neighbour\n"
+        "if __name__ == '__main__':\n    wt.fit(neighbour.task, workers=2, quiet=True)\n"
+    )
+    before = set(Path("/tmp").glob("wagontrain-*"))
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, timeout=120, text=True, capture_output=True,
+        env=clean_environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert set(Path("/tmp").glob("wagontrain-*")) <= before
+
+
+def test_killing_the_launcher_leaves_nothing(task_file: Path) -> None:
+    before = set(Path("/tmp").glob("wagontrain-*"))
+    with Running(task_file) as running:
+        own = set(Path("/tmp").glob("wagontrain-*")) - before
+        assert own
+        running.process.kill()
+        running.end(within=10)
+        limit = time.monotonic() + 5
+        while any(folder.exists() for folder in own) and time.monotonic() < limit:
+            time.sleep(0.1)
+        assert not any(folder.exists() for folder in own)
+
+
+LAZY = """
+import job, torch
+def task():
+    return job.make(model=lambda: torch.nn.LazyLinear(2))
+"""
+
+
+def test_a_refusal_in_the_workers_leaves_no_folder(task_file: Path, tmp_path: Path) -> None:
+    file = tmp_path / "lazy.py"
+    file.write_text(LAZY)
+    done = wagontrain("run", str(file), "--workers", "2", "--run-dir", "R", folder=tmp_path)
+    assert done.returncode == 2
+    assert "lazy layers" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "R").exists()

@@ -70,7 +70,7 @@ def test_a_folder_that_holds_a_run_is_not_touched(tmp_path: Path) -> None:
     assert json.loads((folder.path / "plan.json").read_text()) == {"strategy": "s"}
     file = tmp_path / "file"
     file.write_text("mine")
-    with pytest.raises(UsageError, match="cannot be made: File exists"):
+    with pytest.raises(UsageError, match="is a file: give another"):
         RunFolder.create(file, "x")
     assert file.read_text() == "mine"
 

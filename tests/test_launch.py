@@ -36,6 +36,8 @@ def test_the_place_that_torchrun_gives() -> None:
         ({"RANK": "4"}, "RANK=4 is not among WORLD_SIZE=4"),
         ({"RANK": "one"}, "are wrong: invalid literal"),
         ({"MASTER_PORT": "http"}, "are wrong"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a port"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, "not among LOCAL_WORLD_SIZE=0"),
     ],
 )
 def test_half_an_environment_is_refused(changes: dict[str, Any], message: str) -> None:

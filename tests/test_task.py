@@ -41,7 +41,7 @@ class Endless(IterableDataset[Any]):
         ({"validation": Endless()}, "Task.validation .*has no length"),
         ({"train": TensorDataset(torch.zeros(0))}, "Task.train is empty"),
         ({"model": nn.Linear(1, 1)}, "is a module that already exists"),
-        ({"loss": "mse"}, "Task.loss is 'mse', which cannot be called"),
+        ({"loss": "mse"}, "Task.loss is of the type str, which cannot be called"),
         ({"metrics": {"loss": F.mse_loss}}, "rename it"),
     ],
 )
@@ -188,3 +188,32 @@ def test_what_a_task_function_draws_at_random_is_the_same_for_every_worker() -> 
     torch.manual_seed(6)
     make_task(source)
     assert drawn[0] == drawn[1]
+
+
+def fail(*arguments: Any) -> Any:
+    raise ValueError("no such thing")
+
+
+def test_functions_of_the_user_that_raise_are_named() -> None:
+    task = build("linear-regression")
+    with pytest.raises(TaskError, match=r"Task.model failed: ValueError: no such thing \(.*\.py"):
+        dataclasses.replace(task, model=fail).build_model()
+    with pytest.raises(TaskError, match="Task.optimizer failed"):
+        dataclasses.replace(task, optimizer=fail).build_optimizer(task.build_model())
+    with pytest.raises(TaskError, match="the function that builds the task failed"):
+        make_task(fail)
+    with pytest.raises(TaskError, match="Task.scheduler is of the type int"):
+        dataclasses.replace(task, scheduler=3)
+    with pytest.raises(TaskError, match="Task.metrics is not a dict of functions"):
+        dataclasses.replace(task, metrics={"accuracy": 1})
+
+
+def test_parameters_beside_the_model_are_refused() -> None:
+    task = build("linear-regression")
+    other = nn.Parameter(torch.zeros(1))
+    with pytest.raises(TaskError, match="holds parameters that are not the model's"):
+        dataclasses.replace(
+            task, optimizer=lambda own: torch.optim.SGD([*own, other], lr=0.1)
+        ).build_optimizer(task.build_model())
+    with pytest.raises(TaskError, match="Task.loss is a module with parameters of its own"):
+        dataclasses.replace(task, loss=nn.Bilinear(1, 1, 1))

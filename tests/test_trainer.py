@@ -299,3 +299,39 @@ def test_ranks_with_different_data_are_noticed(gang: Gang, validation: bool) -> 
     name = "validation" if validation else "train"
     for message in gang.run(2, different_data, validation):
         assert f"the {name} data of rank 1 is not that of rank 0" in message
+
+
+def test_a_run_that_has_ended_takes_no_more() -> None:
+    run = wt.connect(validated_task())
+    batch = next(run.batches())
+    run.step(batch)
+    run.finish()
+    for attempt in (lambda: run.step(batch), run.validate, run.finish):
+        with pytest.raises(wt.UsageError, match="this run has ended"):
+            attempt()
+
+
+class Torn(Dataset[Any]):
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 37:
+            raise OSError("bad sector")
+        return torch.zeros(5), torch.tensor(0.0)
+
+
+def test_a_sample_that_cannot_be_read_is_narrowed_down() -> None:
+    task = dataclasses.replace(build("linear-regression"), train=Torn(), batch_size=2)
+    run = wt.connect(task)
+    with pytest.raises(wt.ModelError, match=r"one of the samples .*\b37\b.*: OSError: bad sector"):
+        for batch in run.batches():
+            run.step(batch)
+
+
+def test_a_target_that_would_be_broadcast_in_validation_is_named() -> None:
+    task = dataclasses.replace(
+        validated_task(), validation=TensorDataset(numbers(23, 5), numbers(23, 1))
+    )
+    with pytest.raises(wt.ModelError, match="'loss' failed on validation .*Using a target size"):
+        wt.connect(task).validate()

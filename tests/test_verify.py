@@ -108,3 +108,39 @@ def test_the_reference_is_what_anybody_would_write() -> None:
         assert torch.equal(found.parameters[name], value)
     for name, value in model.named_buffers():
         assert torch.equal(found.buffers[name], value)
+
+
+def test_a_small_learning_rate_hides_nothing() -> None:
+    """What training moved is the scale: a gradient wrong by half is wrong at any rate."""
+    start = {"a": torch.ones(2, dtype=torch.float64)}
+    right = trace(parameters={"a": start["a"] + 2e-6}, initial=start)
+    wrong = trace(parameters={"a": start["a"] + 3e-6})
+    found = verify.compare(wrong, right, DataParallel(), 2, "float64")
+    assert not found.passed
+    assert found.max_parameter_deviation > 0.3
+    same = trace(parameters={"a": start["a"] + 2e-6 + 1e-15})
+    assert verify.compare(same, right, DataParallel(), 2, "float64").passed
+
+
+class Awkward(nn.Module):
+    """Tied weights, a buffer that is not saved, and a state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.two.weight = self.one.weight
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.register_buffer("kept", torch.zeros(2))
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"version": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_a_trace_takes_what_can_be_compared() -> None:
+    model = Awkward()
+    found = Trace.of([], model, model.state_dict())
+    assert set(found.parameters) == {"one.weight", "one.bias", "two.bias"}
+    assert set(found.buffers) == {"kept"}

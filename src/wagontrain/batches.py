@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from wagontrain.errors import TaskError
+from wagontrain.errors import ModelError, TaskError
 from wagontrain.mesh import equal_shares, ranges, shares
 from wagontrain.task import Task, describe, origin, place, seeded_numbers
 from wagontrain.transport import fingerprints
@@ -173,7 +173,9 @@ class Batches:
         ]
         order = self.order.epoch(epoch)
         taken = [mine or piece[:1] for _, pieces in steps for piece, mine in pieces]
-        loaded = self._load(epoch, [order[part.start : part.stop] for part in taken])
+        parts = [order[part.start : part.stop] for part in taken]
+        indices = iter(parts)
+        loaded = self._load(epoch, parts)
         for step, pieces in steps:
             yield Batch(
                 epoch=epoch,
@@ -181,9 +183,21 @@ class Batches:
                 positions=self.order.positions(step),
                 mine=tuple(mine for _, mine in pieces),
                 micro_batches=tuple(
-                    self._micro_batch(next(loaded), len(mine), len(piece)) for piece, mine in pieces
+                    self._micro_batch(self._read(loaded, next(indices)), len(mine), len(piece))
+                    for piece, mine in pieces
                 ),
             )
+
+    def _read(self, loaded: Iterator[Any], indices: Tensor) -> Any:
+        try:
+            return next(loaded)
+        except Exception as error:  # whatever the user's data set raises is theirs to read
+            some = ", ".join(map(str, indices[:16].tolist())) + (
+                " ..." if len(indices) > 16 else ""
+            )
+            raise ModelError(
+                f"the data set failed on one of the samples {some}: {origin(error)}"
+            ) from error
 
     def _micro_batch(self, collated: Any, count: int, total: int) -> MicroBatch:
         if not isinstance(collated, tuple | list) or len(collated) != 2:
@@ -226,14 +240,14 @@ class Batches:
 
 
 def few_samples(batches: Batches) -> list[int]:
-    """Fingerprints of the first, the middle and the last sample, and the number of samples.
+    """The number of samples, and fingerprints of the first (twice), the middle and the last.
 
     Ranks compare them: a data set that each has built or split at random by itself would train
     on some samples twice and validate on others that were trained on, and nobody would notice.
     """
     last = batches.order.samples - 1
     prints = [batches.order.samples]
-    for index in (0, last // 2, last):
+    for index in (0, 0, last // 2, last):
         key: Any = (0, index) if isinstance(batches.dataset, SeededDataset) else index
         for leaf in pytree.tree_leaves(batches.dataset[key]):
             tensor = leaf if isinstance(leaf, Tensor) else None
@@ -289,21 +303,24 @@ class SeededDataset(Dataset[Any]):
             return self.dataset[index]
 
 
+_PROBES = 9
+
+
 def seeded(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
     """The dataset, with its random draws fixed if it makes any."""
     return SeededDataset(dataset, seed) if draws_at_random(dataset) else dataset
 
 
 def draws_at_random(dataset: Dataset[Any]) -> bool:
-    """Whether fetching the first sample moves torch's, Python's or NumPy's random numbers."""
+    """Whether fetching a few samples moves torch's, Python's or NumPy's random numbers."""
+    samples = len(dataset)  # type: ignore[arg-type]
     with seeded_numbers(0):
         before = _random_state()
         try:
-            dataset[0]
+            for index in range(0, samples, max(1, samples // _PROBES)):
+                dataset[index]
         except Exception as error:  # whatever the user's data set raises is theirs to read
-            raise TaskError(
-                f"the data set's first sample cannot be read: {origin(error)}"
-            ) from error
+            raise TaskError(f"a sample of the data set cannot be read: {origin(error)}") from error
         return _random_state() != before
 
 

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from wagontrain.errors import TaskError
@@ -80,15 +81,21 @@ class _Forward:
     def __call__(self, inputs: Tensor) -> Tensor:
         layer = self.layer
         use_batch = layer.training or layer.running_mean is None
-        if not (use_batch and layer.training):
+        if not use_batch:
             return F.batch_norm(
-                inputs, layer.running_mean, layer.running_var, layer.weight, layer.bias,
-                use_batch, layer.momentum or 0.0, layer.eps,
-            )  # fmt: skip
+                inputs,
+                layer.running_mean,
+                layer.running_var,
+                layer.weight,
+                layer.bias,
+                False,
+                0.0,
+                layer.eps,
+            )
         output, mean, variance, count = _GlobalBatchNorm.apply(  # type: ignore[no-untyped-call]
             inputs, layer.weight, layer.bias, layer.eps, self.group, self.participation.counts
         )
-        if layer.track_running_stats and layer.running_mean is not None:
+        if layer.training and layer.track_running_stats and layer.running_mean is not None:
             assert layer.running_var is not None
             assert layer.num_batches_tracked is not None
             layer.num_batches_tracked.add_(1)
@@ -141,6 +148,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         return output.to(inputs.dtype), mean, variance, count
 
     @staticmethod
+    @once_differentiable  # a second derivative through it would leave the other ranks out
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight, mean, inverse, count = ctx.saved_tensors
         shape = [1, -1] + [1] * (inputs.dim() - 2)

@@ -89,14 +89,14 @@ def verify(
     steps: Annotated[int, typer.Option(help="Steps to train and compare.")] = 10,
     settings: Settings = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float64 (default), float32 or bfloat16.")
-    ] = None,
+        str, typer.Option(help="What to compute in: float64, float32 or bfloat16.")
+    ] = "float64",
     batch_size: BatchSize = None,
     seed: Seed = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show whether a strategy trains the task in FILE as one process would."""
-    if dtype is not None and dtype not in verification.TOLERANCE:
+    if dtype not in verification.TOLERANCE:
         raise UsageError(f"dtype {dtype!r}: give one of {', '.join(verification.TOLERANCE)}")
     with _stoppable():
         verdict = verification.verify(
@@ -104,7 +104,7 @@ def verify(
             make_strategy(strategy, _settings(settings)),
             workers=workers,
             steps=steps,
-            dtype=cast(verification.Dtype | None, dtype),
+            dtype=cast(verification.Dtype, dtype),
             task_file=file,
             overrides=_given(batch_size=batch_size, seed=seed),
         )

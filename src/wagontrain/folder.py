@@ -10,8 +10,10 @@ RUN_DIR/logs/                   what each worker printed
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ from torch import Tensor
 from wagontrain.errors import UsageError
 from wagontrain.events import JsonLines, Sink, TensorBoard
 
-_TAKEN = ("plan.json", "events.jsonl", "summary.json")
+_TAKEN = (
+    "plan.json", "events.jsonl", "summary.json", "checkpoints/model.safetensors", "logs/rank0.log",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class RunFolder:
             folder = _fresh(Path("runs"), f"{label}-{time.strftime('%Y%m%d-%H%M%S')}")
         else:
             folder = Path(path)
+        if folder.is_file():
+            raise UsageError(f"run directory {str(folder)!r} is a file: give another --run-dir")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             taken = [name for name in _TAKEN if (folder / name).exists()]
@@ -76,6 +82,15 @@ class RunFolder:
         """The trained weights, under the plain model's names."""
         return self.path / "checkpoints" / "model.safetensors"
 
+    def discard(self) -> None:
+        """Take the folder away again, if nothing was run in it."""
+        if any((self.path / name).exists() for name in _TAKEN[:-1]):
+            return
+        for name in ("checkpoints", "logs"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it held something else before
+            self.path.rmdir()
+
     def sinks(self) -> list[Sink]:
         """Where events of this run are kept."""
         return [JsonLines(self.events), TensorBoard(self.path / "tensorboard")]
@@ -87,6 +102,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Keep how it ended."""
         _write_json(self.path / "summary.json", summary)
+
+    def has_ended(self) -> bool:
+        """Whether a run has written how it ended."""
+        return (self.path / "summary.json").exists()
 
     def read_summary(self) -> dict[str, Any]:
         """How it ended."""
@@ -101,8 +120,9 @@ class RunFolder:
             if isinstance(value, Tensor):
                 tensor = value.detach().cpu().contiguous()
                 # Tied weights share memory, which the format does not know: store both.
-                tensors[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-                seen.add(tensor.data_ptr())
+                memory = tensor.untyped_storage().data_ptr()
+                tensors[name] = tensor.clone() if memory in seen else tensor
+                seen.add(memory)
         part = self.weights.with_suffix(".part")
         safetensors.torch.save_file(tensors, part)
         with part.open("rb+") as file:

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from wagontrain import launch
-from wagontrain.errors import UsageError
+from wagontrain.errors import UsageError, WorkerError
 from wagontrain.events import Sink
 from wagontrain.folder import RunFolder
 from wagontrain.launch import Failure, Place
@@ -79,25 +79,28 @@ class Job:
         """
         if self.task_file is None:
             try:
-                (folder / "task.pkl").write_bytes(cloudpickle.dumps((source, sys.path)))
+                (folder / "task.pkl").write_bytes(cloudpickle.dumps(source))
             except Exception as error:  # pickling runs whatever the user's objects define
                 raise UsageError(
                     f"the task cannot be sent to worker processes ({error}): put it into a file "
                     "of its own and start it with `wagontrain run FILE`"
                 ) from error
-        (folder / "job.json").write_text(json.dumps(self.__dict__))
+        content = {"job": self.__dict__, "path": sys.path}
+        (folder / "job.json").write_text(json.dumps(content))
 
     @classmethod
     def read(cls, folder: Path) -> Job:
         """The job in a folder."""
-        return cls(**json.loads((folder / "job.json").read_text()))
+        content = json.loads((folder / "job.json").read_text())
+        # What the launching process can import, its workers can: before anything is unpickled.
+        sys.path.extend(entry for entry in content["path"] if entry not in sys.path)
+        return cls(**content["job"])
 
     def task(self, folder: Path) -> Task:
         """The task to train."""
         if self.task_file is not None:
             return make_task(load_task(self.task_file), self.overrides)
-        source, paths = cloudpickle.loads((folder / "task.pkl").read_bytes())
-        sys.path.extend(path for path in paths if path not in sys.path)
+        source = cloudpickle.loads((folder / "task.pkl").read_bytes())
         return make_task(source, self.overrides)
 
 
@@ -179,8 +182,17 @@ def start(
         str(folder.path), {"steps": steps},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
-    with Follower(display_, folder.events, folder.logs / "rank0.log"):
-        run_job(job, source, count, folder.logs)
+    try:
+        with Follower(display_, folder.events, folder.logs / "rank0.log"):
+            run_job(job, source, count, folder.logs)
+    except UsageError:
+        folder.discard()
+        raise
+    if not folder.has_ended():
+        raise WorkerError(
+            "all workers ended with status 0 before the training did: something in the task ends "
+            f"the process; what they printed is in {folder.logs}"
+        )
     result = Result(folder.read_summary(), folder.path)
     _show(result, display)
     return result

@@ -8,9 +8,12 @@ variables) a process finds its place in the environment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -28,6 +31,7 @@ from torch.distributed import Store
 
 from wagontrain.errors import TrainingError, UsageError, WagontrainError, WorkerError
 from wagontrain.mesh import World
+from wagontrain.rendezvous import LoopbackRendezvous, NoLogs, store_at
 from wagontrain.transport import Context, SentBytes, lost_peer
 
 WAIT = timedelta(seconds=300)
@@ -70,11 +74,16 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
             int(environment.get("LOCAL_RANK", rank)),
             int(environment.get("LOCAL_WORLD_SIZE", size)),
         )
-        int(environment["MASTER_PORT"])
+        port = int(environment["MASTER_PORT"])
     except ValueError as error:
         raise UsageError(f"torchrun's variables in the environment are wrong: {error}") from error
-    if not 0 <= rank < size:
-        raise UsageError(f"RANK={rank} is not among WORLD_SIZE={size} ranks: count from 0")
+    if not 0 <= rank < size or not 0 <= place.local_rank < place.local_size:
+        raise UsageError(
+            f"RANK={rank} is not among WORLD_SIZE={size} ranks, or LOCAL_RANK={place.local_rank} "
+            f"not among LOCAL_WORLD_SIZE={place.local_size}: count from 0"
+        )
+    if not 0 < port < 65536:
+        raise UsageError(f"MASTER_PORT={port} is not a port: give a number from 1 to 65535")
     return place
 
 
@@ -125,20 +134,22 @@ def join(place: Place | None) -> Context:
         return Context(World(device=device_for(Place()), threads=torch.get_num_threads()))
     device = device_for(place)
     torch.set_num_threads(threads_per_worker(place))
-    port = os.environ["MASTER_PORT"]
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent holds the store already; without it, rank 0 does.
+    held = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=WAIT))
+        store = store_at(address, port, WAIT, host=place.rank == 0 and not held)
         return meet(store, place, device)
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error):
+    except (dist.DistError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UsageError(
                 f"port {port} is in use by another program: give a free MASTER_PORT "
                 "(torchrun --master-port)"
             ) from error
         raise WorkerError(
-            f"rank {place.rank} could not meet the other {place.size - 1} at "
-            f"{os.environ['MASTER_ADDR']}:{port} within {WAIT.total_seconds():.0f} s: start all "
-            f"of them, and check that they reach this address ({str(error).splitlines()[0]})"
+            f"rank {place.rank} could not meet the other {place.size - 1} at {address}:{port} "
+            f"within {WAIT.total_seconds():.0f} s: start all of them, and check that they reach "
+            f"this address ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -193,13 +204,15 @@ class Failure:
             kind = "peer"
         elif isinstance(error, UsageError):
             kind = "usage"
-        elif isinstance(error, WagontrainError):
+        elif isinstance(error, WagontrainError | SystemExit):
             kind = "training"
         else:
             kind = "crash"
         message = str(error) or type(error).__name__
+        if isinstance(error, SystemExit):
+            message = f"the task ended the process by sys.exit({error.code!r})"
         if kind == "peer":
-            message = f"lost contact with another worker ({message.splitlines()[0]})"
+            message = f"lost contact with another worker ({brief(message)})"
         trace = "".join(traceback.format_exception(error))
         return cls(rank, kind, message, trace, time.time())
 
@@ -208,13 +221,19 @@ class Failure:
         """The exit status of a process that ends with this."""
         return UsageError.exit_status if self.kind == "usage" else WagontrainError.exit_status
 
-    def error(self) -> WagontrainError:
+    def error(self, prefix: str = "") -> WagontrainError:
         """The error to raise in the launching process."""
         if self.kind == "usage":
-            return UsageError(self.message)
+            return UsageError(prefix + self.message)
         if self.kind == "training":
-            return TrainingError(self.message)
+            return TrainingError(prefix + self.message)
         return TrainingError(f"worker rank {self.rank} failed:\n{self.traceback.rstrip()}")
+
+
+def brief(text: str) -> str:
+    """The first line of an error of Gloo or a store, without where in its source it arose."""
+    line = text.splitlines()[0] if text else "no reason given"
+    return re.sub(r"^(\[[^\]]*\]\s*)+", "", line).split(". ")[0]
 
 
 def work(folder: Path, job: Callable[[Place | None], None]) -> int:
@@ -224,13 +243,13 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     one that caused the others.
     """
     place = place_from_environment()
-    _end_with(os.getppid())
+    _end_with(os.getppid(), folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", _loopback())
     os.environ.setdefault("NCCL_SOCKET_IFNAME", _loopback())
     try:
         job(place)
-    except Exception as error:  # noqa: BLE001  reported by the launching process
+    except (Exception, SystemExit) as error:  # noqa: BLE001  the launching process reports it
         failure = Failure.of(place.rank if place else 0, error)
         part = folder / f"failure-{failure.rank}.part"
         part.write_text(json.dumps(asdict(failure)))
@@ -239,12 +258,17 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     return 0
 
 
-def _end_with(parent: int) -> None:
-    """End this process at once when its parent has ended, however that happened."""
+def _end_with(parent: int, folder: Path | None = None) -> None:
+    """End this process at once when its parent has ended, however that happened.
+
+    `folder`, which the parent can no longer remove, is removed.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch-parent").start()
@@ -275,8 +299,6 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing import SignalException
-
-    from wagontrain.rendezvous import LoopbackRendezvous, NoLogs
 
     rendezvous = LoopbackRendezvous(WAIT)
     spec = WorkerSpec(
@@ -309,7 +331,11 @@ def start_workers(command: Sequence[str], workers: int, folder: Path, logs: Path
         rendezvous.shutdown()
     if result.is_failed():
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        raise cause(codes, read_failures(folder), logs)
+        early = [rank for rank in range(workers) if rank not in codes]
+        failures = read_failures(folder)
+        for failure in failures:
+            (logs / f"rank{failure.rank}.traceback").write_text(failure.traceback)
+        raise cause(codes, failures, logs, early)
 
 
 @contextlib.contextmanager
@@ -338,7 +364,12 @@ def read_failures(folder: Path) -> list[Failure]:
     return [Failure(**json.loads(path.read_text())) for path in folder.glob("failure-*.json")]
 
 
-def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> WagontrainError:
+def cause(
+    codes: Mapping[int, int],
+    failures: Sequence[Failure],
+    logs: Path,
+    early: Sequence[int] = (),
+) -> WagontrainError:
     """The error to raise for a job in which several workers ended: the first cause of all.
 
     A worker that was killed cannot say so, while its peers notice within milliseconds; so a
@@ -349,6 +380,7 @@ def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> 
             the agent noticed.
         failures: what workers said.
         logs: folder of what they printed.
+        early: ranks that ended with status 0 while others failed.
     """
     own = sorted((item for item in failures if item.kind != "peer"), key=lambda item: item.time)
     seen = list(codes)
@@ -362,7 +394,8 @@ def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> 
             f"What it printed is in {logs / f'rank{rank}.log'}"
         )
     if own:
-        return own[0].error()
+        alike = len({item.message for item in own}) == 1 and len(own) == len(codes)
+        return own[0].error("" if alike else f"rank {own[0].rank}: ")
     said = {failure.rank for failure in failures}
     silent = [rank for rank in seen if rank not in said]
     if silent:
@@ -375,6 +408,11 @@ def cause(codes: Mapping[int, int], failures: Sequence[Failure], logs: Path) -> 
         return WorkerError(
             f"worker rank {rank} {how}; the other workers were stopped. What it printed last, "
             f"from {logs}:\n{last_words(logs, rank)}"
+        )
+    if early:
+        return WorkerError(
+            f"worker rank {early[0]} ended early, with status 0, and the others lost it. What it "
+            f"printed last, from {logs}:\n{last_words(logs, early[0])}"
         )
     first = min(failures, key=lambda item: item.time)
     return WorkerError(f"worker rank {first.rank} {first.message}")

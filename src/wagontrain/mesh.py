@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -44,7 +45,7 @@ def proportional_shares(count: int, weights: Sequence[float]) -> list[int]:
     Each border lies at the rounded running sum, in exact arithmetic, so that no share is more
     than one item away from its due and every rank computes the same borders.
     """
-    if not weights or any(not weight >= 0 for weight in weights) or not any(weights):
+    if not weights or any(not 0 <= weight < math.inf for weight in weights) or not any(weights):
         raise UsageError(
             f"shares in proportion to {list(weights)} cannot be formed: give one number per "
             "worker, none negative and at least one above zero"

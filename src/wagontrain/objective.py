@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from wagontrain.batches import Batch, Cut, MicroBatch
-from wagontrain.errors import LossError, ModelError, WagontrainError
+from wagontrain.errors import LossError, ModelError, TaskError, WagontrainError
 from wagontrain.task import Task, call_model, describe, origin
 from wagontrain.transport import lost_peer
 
@@ -35,6 +36,7 @@ class Update:
         self.scheduler = task.build_scheduler(self.optimizer)
         self.clip = task.clip_grad_norm
         self.parameters = [value for value in model.parameters() if value.requires_grad]
+        self.optimizer.zero_grad(set_to_none=True)  # a model from elsewhere may bring gradients
 
     def apply(self) -> None:
         """Update the parameters from their gradients, then clear these."""
@@ -42,7 +44,10 @@ class Update:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         if self.scheduler is not None:
-            self.scheduler.step()
+            try:
+                self.scheduler.step()
+            except ValueError as error:  # OneCycleLR past its end, say
+                raise ModelError(f"the scheduler cannot go on: {origin(error)}") from error
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,6 +73,7 @@ class Objective:
         self.task = task
         self.device = device
         self._first = True
+        self._first_evaluation = True
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         """The precision the task asks for."""
@@ -95,7 +101,7 @@ class Objective:
                 "the loss does not depend on any parameter: it was detached, or computed "
                 "without the model's output"
             )
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
+        if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.is_floating_point():
             raise ModelError(
                 f"the loss is {describe(loss)}, not a scalar tensor: return the mean over the "
                 "samples given"
@@ -116,31 +122,124 @@ class Objective:
             ) from error
 
     def weight(self, micro: MicroBatch) -> float:
-        """What the micro-batch counts for in a mean; 0 for a stand-in."""
+        """What the micro-batch counts for in a mean; 0 for a stand-in.
+
+        Raises:
+            ModelError: the task's weight is no number from 0 on.
+        """
         if micro.count == 0:
             return 0.0
-        return float(micro.count if self.task.weight is None else self.task.weight(micro.target))
+        if self.task.weight is None:
+            return float(micro.count)
+        try:
+            weight = float(self.task.weight(micro.target))
+        except Exception as error:
+            _pass_on(error)
+            what = f"Task.weight gave no number for target {describe(micro.target)}"
+            raise ModelError(f"{what}: {origin(error)}") from error
+        if not 0 <= weight < math.inf:
+            raise ModelError(f"Task.weight gave {weight}: give a number from 0 on")
+        return weight
+
+    def require_mean(self, model: nn.Module, micro: MicroBatch) -> None:
+        """Check on a few samples that the loss is the mean over them, in any split.
+
+        Sums of per-worker losses mean nothing for a loss that adds up, weights samples by class,
+        or compares samples with each other. Left out where output and target cannot be cut.
+
+        Raises:
+            TaskError: the loss of all is not the mean of the losses of two parts.
+        """
+        with torch.no_grad(), self.precision():
+            output = self.forward(model, micro)
+        samples = micro.count
+        leaves = pytree.tree_leaves((output, micro.target))
+        if samples < 2 or not all(
+            isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples for leaf in leaves
+        ):
+            return
+        whole, weight = self._loss_of(output, micro.target, slice(0, samples))
+        for border in {1, samples // 2}:
+            parts = [
+                self._loss_of(output, micro.target, cut)
+                for cut in (slice(0, border), slice(border, samples))
+            ]
+            if not weight or not all(part for _, part in parts) or not math.isfinite(whole):
+                continue
+            mean = sum(loss * part for loss, part in parts) / sum(part for _, part in parts)
+            if not math.isclose(whole, mean, rel_tol=0.02, abs_tol=1e-5):
+                raise TaskError(
+                    f"the loss is not a mean over the samples given: {whole:.4g} for {samples} of "
+                    f"them, but {mean:.4g} as the mean over two parts; use a mean, and "
+                    "Task.weight if it is one over something else than samples"
+                )
+
+    def _loss_of(self, output: Any, target: Any, cut: slice) -> tuple[float, float]:
+        """Loss and weight of some of the samples."""
+        part, wanted = pytree.tree_map(lambda leaf: leaf[cut], (output, target))
+        with torch.no_grad(), self.precision():
+            loss = float(self.task.loss(part, wanted))
+        count = cut.stop - cut.start
+        return loss, self.weight(MicroBatch(None, wanted, count, count))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
-        """Loss and metrics of the task on this rank's share, as weighted sums."""
+        """Loss and metrics of the task on this rank's share, as weighted sums.
+
+        Raises:
+            ModelError: model, loss or a metric failed, or a metric is not a mean.
+        """
         weight, sums = 0.0, dict.fromkeys(["loss", *self.task.metrics], 0.0)
         for micro in batch.micro_batches:
             share = self.weight(micro)
-            if share == 0:
-                continue
             with torch.no_grad(), self.precision():
                 output = self.forward(model, micro)
+                if share == 0:
+                    continue
                 measures = {"loss": self.task.loss, **self.task.metrics}
                 for name, measure in measures.items():
-                    value = torch.as_tensor(measure(output, micro.target), dtype=torch.float64)
-                    if value.numel() not in (1, micro.count):
-                        raise ModelError(
-                            f"metric {name!r} gave {describe(value)} for {micro.count} samples: "
-                            "return the mean over them, or one number for each"
-                        )
-                    sums[name] += float(value.mean()) * share
+                    sums[name] += self._measure(name, measure, output, micro) * share
             weight += share
+            self._first_evaluation = False
         return Evaluation(weight, sums)
+
+    def _measure(self, name: str, measure: Any, output: Any, micro: MicroBatch) -> float:
+        try:
+            call = _strictly if self._first_evaluation else _plainly
+            value = torch.as_tensor(call(measure, output, micro.target)).double()
+        except Exception as error:  # whatever the user's metric raises is theirs to read
+            _pass_on(error)
+            what = f"{name!r} failed on validation output {describe(output)}"
+            raise ModelError(
+                f"{what} and target {describe(micro.target)}: {origin(error)}"
+            ) from error
+        if value.numel() not in (1, micro.count):
+            raise ModelError(
+                f"metric {name!r} gave {describe(value)} for {micro.count} samples: "
+                "return the mean over them, or one number for each"
+            )
+        return float(value.mean())
+
+
+def nothing(output: Any) -> Tensor:
+    """A loss of zero that every tensor of a model's output takes part in.
+
+    Raises:
+        ModelError: no tensor in it depends on a parameter.
+    """
+    tensors = [value for value in _tensors_in(output) if value.requires_grad]
+    if not tensors:
+        raise ModelError("the model's output holds no tensor that depends on its parameters")
+    return torch.stack([(value * 0).sum().float() for value in tensors]).sum()
+
+
+def _tensors_in(output: Any) -> list[Tensor]:
+    found = []
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf):
+            found += [tensor for value in vars(leaf).values() for tensor in _tensors_in(value)]
+    return found
 
 
 def _pass_on(error: Exception) -> None:
@@ -156,8 +255,12 @@ def _strictly(loss: Any, output: Any, target: Any) -> Any:
         return loss(output, target)
 
 
-def require_finite(losses: Sequence[float], batch: Batch, cut: Cut) -> None:
-    """Check each rank's part of the loss of a step.
+def _plainly(loss: Any, output: Any, target: Any) -> Any:
+    return loss(output, target)
+
+
+def require_finite(losses: Sequence[float], batch: Batch, cut: Cut, model: nn.Module) -> None:
+    """Check each rank's part of the loss of a step, before the update that would follow.
 
     Raises:
         LossError: one is not finite; the message says which step, rank and samples.
@@ -170,8 +273,28 @@ def require_finite(losses: Sequence[float], batch: Batch, cut: Cut) -> None:
         batch.positions, len(batch.micro_batches)
     )
     samples = ", ".join(f"{mine.start} to {mine.stop - 1}" for _, mine in pieces if len(mine))
+    spoiled = not_finite(dict(model.named_parameters()))
+    if spoiled:
+        why = (
+            f"parameter {spoiled!r} was not finite any more: a gradient of an earlier step was "
+            "not, though its loss was. Clip the gradient, or avoid operations such as √0 whose "
+            "gradient is infinite"
+        )
+    else:
+        why = (
+            "the weights are still those before this step. Lower the learning rate, clip the "
+            "gradient (clip_grad_norm) or look at these samples"
+        )
     raise LossError(
         f"the loss is {losses[rank]} at step {batch.step} (epoch {batch.epoch}) on rank {rank}, "
-        f"samples {samples} in the epoch's order; the weights are still those before this step. "
-        "Lower the learning rate, clip the gradient (clip_grad_norm) or look at these samples"
+        f"samples {samples} in the epoch's order; {why}"
     )
+
+
+def not_finite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first floating-point tensor that holds an infinity or NaN, if one does."""
+    for name, value in tensors.items():
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        if floating and not bool(value.isfinite().all()):
+            return name
+    return None

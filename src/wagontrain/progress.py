@@ -21,6 +21,9 @@ from wagontrain.events import Event, Sink
 PLAIN_SECONDS = 10.0
 """Time between two plain lines within an epoch."""
 
+EPOCH_SECONDS = 0.5
+"""Least time between two plain lines, however short the epochs are."""
+
 
 class Progress(Sink):
     """Shows a run on a console."""
@@ -67,8 +70,9 @@ class Progress(Sink):
         if self._live is not None:
             self._live.update(self._panel())
         else:
-            whole_epoch = last % self._start["steps_per_epoch"] == 0 or last == self._start["steps"]
-            if whole_epoch or event["time"] - self._printed >= PLAIN_SECONDS:
+            since = event["time"] - self._printed
+            whole_epoch = last % self._start["steps_per_epoch"] == 0 and since >= EPOCH_SECONDS
+            if whole_epoch or last == self._start["steps"] or since >= PLAIN_SECONDS:
                 self._line(event)
 
     def _on_times(self, event: Event) -> None:

@@ -8,8 +8,8 @@ here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,20 +21,37 @@ from wagontrain.task import Task, call_model
 
 @dataclass(frozen=True)
 class Trace:
-    """What a stretch of training gave: the loss of every step, and the state after the last."""
+    """What a stretch of training gave: the loss of every step, and the state after the last.
+
+    `initial` holds the parameters before the first step, where they were kept.
+    """
 
     losses: list[float]
     parameters: dict[str, Tensor]
     buffers: dict[str, Tensor]
+    initial: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, losses: list[float], model: nn.Module) -> Trace:
-        """The losses, with a copy of the model's parameters and buffers."""
-        return cls(
-            losses,
-            {name: value.detach().cpu().clone() for name, value in model.named_parameters()},
-            {name: value.detach().cpu().clone() for name, value in model.named_buffers()},
-        )
+    def of(
+        cls,
+        losses: list[float],
+        model: nn.Module,
+        state: Mapping[str, Any],
+        initial: dict[str, Tensor] | None = None,
+    ) -> Trace:
+        """The losses, with a copy of the model's parameters and persistent buffers in `state`.
+
+        The names are the model's, a tied parameter comes once; the values are the state's,
+        because a strategy may keep only a part of a tensor in the model.
+        """
+        parameters = {name: state[name] for name, _ in model.named_parameters()}
+        buffers = {name: state[name] for name, _ in model.named_buffers() if name in state}
+        return cls(losses, copied(parameters), copied(buffers), initial or {})
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def stretch(batches: Batches, first_step: int, steps: int) -> Iterator[Batch]:
@@ -50,6 +67,7 @@ def stretch(batches: Batches, first_step: int, steps: int) -> Iterator[Batch]:
 def train_plainly(task: Task, device: torch.device, first_step: int, steps: int) -> Trace:
     """Train on one process for `steps` steps from fresh weights, and keep what happened."""
     model = task.build_model().to(device).train()
+    initial = copied(dict(model.named_parameters()))
     optimizer = task.build_optimizer(model)
     scheduler = task.build_scheduler(optimizer)
     losses = []
@@ -70,7 +88,7 @@ def train_plainly(task: Task, device: torch.device, first_step: int, steps: int)
         if scheduler is not None:
             scheduler.step()
         losses.append(mean)
-    return Trace.of(losses, model)
+    return Trace.of(losses, model, model.state_dict(), initial)
 
 
 def _weight(task: Task, target: Any, count: int) -> float:

@@ -20,22 +20,34 @@ from torch.distributed.elastic.rendezvous import (
 ADDRESS = "127.0.0.1"
 
 
+def store_at(address: str, port: int, timeout: timedelta, host: bool) -> TCPStore:
+    """The store at which ranks meet; with `host`, held by this process on that address alone.
+
+    Raises:
+        OSError: the address is not this machine's, or the port is in use.
+        torch.distributed.DistError: nobody answered in time.
+    """
+    if not host:
+        return TCPStore(address, port, timeout=timeout, wait_for_workers=False)
+    listener = socket.create_server((address, port))
+    # The store takes the listening socket over, and closes it when it goes.
+    return TCPStore(
+        address,
+        listener.getsockname()[1],
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
 class LoopbackRendezvous(RendezvousHandler):
     """One agent, one store, on a free port of the loopback address."""
 
     def __init__(self, timeout: timedelta) -> None:
         self._name = uuid.uuid4().hex
-        listener = socket.create_server((ADDRESS, 0))
-        self._port: int = listener.getsockname()[1]
-        # The store takes the listening socket over, and closes it when it goes.
-        self._store: TCPStore | None = TCPStore(
-            ADDRESS,
-            self._port,
-            is_master=True,
-            timeout=timeout,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+        self._store: TCPStore | None = store_at(ADDRESS, 0, timeout, host=True)
+        self._port = self._store.port
 
     def get_backend(self) -> str:
         return "loopback"

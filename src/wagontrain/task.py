@@ -16,11 +16,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
-from wagontrain.errors import TaskError, UsageError, nearest
+from wagontrain.errors import TaskError, UsageError, WagontrainError, nearest
 
 Precision = Literal["float32", "bfloat16"]
 Measure = Callable[[Any, Any], Any]
@@ -75,26 +76,31 @@ class Task:
     loader_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("model", "loss", "optimizer"):
-            if not callable(getattr(self, name)):
+        for name, expected in _EXPECTED.items():
+            value = getattr(self, name)
+            if not callable(value) and not (value is None and name in _OPTIONAL):
                 raise TaskError(
-                    f"Task.{name} is {getattr(self, name)!r}, which cannot be called: "
-                    f"give {_EXPECTED[name]}"
+                    f"Task.{name} is of the type {type(value).__name__}, which cannot be called: "
+                    f"give {expected}"
                 )
         if isinstance(self.model, nn.Module):
             raise TaskError(
                 "Task.model is a module that already exists: give the class or a function that "
                 "builds it, so that every worker can build its own from the same seed"
             )
+        if isinstance(self.loss, nn.Module) and any(True for _ in self.loss.parameters()):
+            raise TaskError(
+                "Task.loss is a module with parameters of its own, which would not be trained on "
+                "all workers: make it part of the model, and let the model return what it needs"
+            )
         samples = _length(self.train, "train")
         if self.validation is not None:
             _length(self.validation, "validation")
-        for name, least in (("batch_size", 1), ("epochs", 1), ("accumulate", 1), ("seed", 0)):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value < 2**63:
                 raise TaskError(f"Task.{name} is {value!r}: give a whole number from {least} on")
-        if self.loader_workers < 0:
-            raise TaskError(f"Task.loader_workers is {self.loader_workers}: give 0 or more")
         if self.batch_size > samples:
             raise TaskError(
                 f"Task.batch_size is {self.batch_size}, but the data set has {samples} samples: "
@@ -105,10 +111,15 @@ class Task:
                 f"Task.accumulate cuts a batch of {self.batch_size} into {self.accumulate} "
                 f"micro-batches: give at most {self.batch_size}"
             )
-        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
-            raise TaskError(f"Task.clip_grad_norm is {self.clip_grad_norm}: give a number above 0")
+        clip = self.clip_grad_norm
+        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+            raise TaskError(f"Task.clip_grad_norm is {clip!r}: give a number above 0")
         if self.precision not in ("float32", "bfloat16"):
             raise TaskError(f"Task.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
+        if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
+            raise TaskError(
+                "Task.metrics is not a dict of functions: give name -> (output, target) -> mean"
+            )
         if "loss" in self.metrics:
             raise TaskError("Task.metrics has an entry 'loss', which is reported anyway: rename it")
 
@@ -128,7 +139,7 @@ class Task:
         Raises:
             TaskError: the model is not an `nn.Module`, has lazy or no trainable parameters.
         """
-        with seeded_numbers(self.seed):
+        with seeded_numbers(self.seed), _named_as("Task.model"):
             model = self.model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task.model returned {type(model).__name__}: return an nn.Module")
@@ -148,7 +159,8 @@ class Task:
         Raises:
             TaskError: it is not an optimizer, or one that calls the model by itself (LBFGS).
         """
-        optimizer = self.optimizer(model.parameters())
+        with _named_as("Task.optimizer"):
+            optimizer = self.optimizer(model.parameters())
         if not isinstance(optimizer, Optimizer):
             raise TaskError(
                 f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
@@ -158,6 +170,13 @@ class Task:
             raise TaskError(
                 "torch.optim.LBFGS evaluates the model several times per step, which a step on "
                 "one batch cannot give it: use a first-order optimizer such as SGD or Adam"
+            )
+        own = {id(parameter) for parameter in model.parameters()}
+        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(id(parameter) not in own for parameter in held):
+            raise TaskError(
+                "Task.optimizer holds parameters that are not the model's, which would be "
+                "trained on each worker by itself: make them part of the model"
             )
         return optimizer
 
@@ -169,7 +188,8 @@ class Task:
         """
         if self.scheduler is None:
             return None
-        scheduler = self.scheduler(optimizer)
+        with _named_as("Task.scheduler"):
+            scheduler = self.scheduler(optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise TaskError(
                 "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
@@ -187,7 +207,23 @@ _EXPECTED = {
     "model": "the module's class or a function that builds it",
     "loss": "a function (output, target) -> mean loss",
     "optimizer": "a function of the parameters, such as partial(torch.optim.SGD, lr=0.1)",
+    "scheduler": "a function of the optimizer that returns a scheduler",
+    "weight": "a function of the target that returns a number",
+    "collate": "a function of a list of samples that returns a batch",
 }
+_OPTIONAL = ("scheduler", "weight", "collate")
+_LEAST = {"batch_size": 1, "epochs": 1, "accumulate": 1, "seed": 0, "loader_workers": 0}
+
+
+@contextlib.contextmanager
+def _named_as(what: str) -> Iterator[None]:
+    """Within, an exception of the user's own function becomes a TaskError that names it."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, WagontrainError | torch.OutOfMemoryError):
+            raise
+        raise TaskError(f"{what} failed: {origin(error)}") from error
 
 
 def _length(dataset: object, name: str) -> int:
@@ -199,7 +235,7 @@ def _length(dataset: object, name: str) -> int:
         )
     try:
         length = len(dataset)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise TaskError(f"Task.{name} ({type(dataset).__name__}) has no length: {error}") from error
     if length == 0:
         raise TaskError(f"Task.{name} is empty: give at least one sample")
@@ -208,7 +244,7 @@ def _length(dataset: object, name: str) -> int:
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """`model(inputs)`, `model(*inputs)` or `model(**inputs)`, by what the inputs are."""
-    if isinstance(inputs, Tensor):
+    if isinstance(inputs, Tensor | PackedSequence):
         return model(inputs)
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -269,7 +305,7 @@ def make_task(source: TaskSource, overrides: Mapping[str, Any] | None = None) ->
         TaskError: `source` builds something else, or a replaced field is not acceptable.
     """
     if callable(source):
-        with seeded_numbers(0):
+        with seeded_numbers(0), _named_as("the function that builds the task"):
             task = source()
     else:
         task = source

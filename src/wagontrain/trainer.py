@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from wagontrain.batches import Batch, Batches, few_samples
-from wagontrain.errors import TaskError, UsageError
+from wagontrain.errors import LossError, ModelError, TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
+from wagontrain.objective import not_finite
 from wagontrain.strategy import StepReport, Strategy
 from wagontrain.task import Task
 from wagontrain.transport import Context
@@ -77,6 +78,7 @@ class Run:
         device, cut = context.world.device, self.runner.cut
         self.training = Batches.of_training(task, device, cut)
         self.validation = Batches.of_validation(task, device, cut)
+        self._closed = False
         self._compare_data()
         self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
         self.step_count = 0
@@ -124,6 +126,7 @@ class Run:
         Raises:
             TrainingError: the model failed, or the loss is not finite.
         """
+        self._require_open()
         report = self.runner.step(batch)
         self.step_count = batch.step + 1
         self._samples += report.samples
@@ -157,6 +160,7 @@ class Run:
         """Loss and metrics over the validation data, each sample counted once on some rank."""
         if self.validation is None:
             return {}
+        self._require_open()
         names = ["loss", *self.task.metrics]
         weight, sums = 0.0, dict.fromkeys(names, 0.0)
         for batch in self.validation.epoch(0):
@@ -165,6 +169,8 @@ class Run:
             for name, value in evaluation.sums.items():
                 sums[name] += value
         total, *totals = self.context.sum([weight, *(sums[name] for name in names)])
+        if total == 0:
+            raise ModelError("Task.weight is 0 for all validation data: a mean does not exist")
         self.values = {name: value / total for name, value in zip(names, totals, strict=True)}
         self._events.send(
             "validation",
@@ -190,11 +196,19 @@ class Run:
     def save_weights(self) -> None:
         """Write the model's weights into the run directory; every rank has to call this."""
         state = self.runner.state_dict()["model"]
+        spoiled = not_finite(state)
+        if spoiled:
+            raise LossError(
+                f"{spoiled!r} is not finite after step {self.step_count - 1}, though the loss was: "
+                "the gradient is not. Nothing was saved over the weights from before; clip the "
+                "gradient, or avoid operations such as √0 whose gradient is infinite"
+            )
         if self.folder is not None:
             self.folder.write_weights(state)
 
     def finish(self) -> dict[str, Any]:
         """End the run: gather, write and return the summary, and let go of everything."""
+        self._require_open()
         summary = self._summary()
         if self.folder is not None:
             self.folder.write_summary(summary)
@@ -204,6 +218,7 @@ class Run:
 
     def close(self) -> None:
         """Let go of everything without a summary."""
+        self._closed = True
         self._events.close()
         self.runner.close()
 
@@ -215,11 +230,16 @@ class Run:
             self._events.send("failed", message=f"{kind.__name__}: {details[0]}")
             self._events.close()
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("this run has ended: connect again for another")
+
     def _compare_data(self) -> None:
         for name, batches in (("train", self.training), ("validation", self.validation)):
             if batches is None:
                 continue
-            rows = self.context.gather_integers([zlib.crc32(repr(few_samples(batches)).encode())])
+            prints = few_samples(batches)
+            rows = self.context.gather_integers([zlib.crc32(repr(prints).encode())])
             for rank, row in enumerate(rows):
                 if row != rows[0]:
                     raise TaskError(

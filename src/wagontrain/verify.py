@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from wagontrain import launch
-from wagontrain.errors import UsageError
+from wagontrain.errors import ModelError, UsageError
 from wagontrain.folder import RunFolder
 from wagontrain.jobs import Job, check_workers, job_folder, run_job
 from wagontrain.launch import Place
@@ -40,7 +40,7 @@ from wagontrain.transport import Context
 Dtype = Literal["float64", "float32", "bfloat16"]
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-3, "bfloat16": 1e-1}
-"""Largest deviation that rounding explains, relative to the tensor's largest element or 1."""
+"""Largest deviation that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Verdict:
     """How far a strategy strayed from one process.
 
     Deviations are the largest absolute difference of a tensor, divided by the larger of 1 and
-    the tensor's largest absolute value; the largest of all tensors or steps is given.
+    the tensor's largest absolute value; the largest of all tensors or steps is given. Those of
+    parameters are divided by how far training moved any weight, too.
     """
 
     strategy: str
@@ -82,7 +83,7 @@ def verify(
     *,
     workers: int,
     steps: int = 10,
-    dtype: Dtype | None = None,
+    dtype: Dtype = "float64",
     task_file: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Verdict:
@@ -93,7 +94,7 @@ def verify(
         strategy: the strategy with its settings.
         workers: number of processes.
         steps: steps to train.
-        dtype: what both compute in; float64 where not given, bfloat16 if the task says so.
+        dtype: what both compute in, whatever the task says.
         task_file: `FILE:NAME` for workers to load the task from, where there is one.
         overrides: fields of the task to replace.
 
@@ -106,8 +107,6 @@ def verify(
         raise UsageError(f"{steps} steps were asked for: give at least 1")
     task = make_task(source, overrides)
     strategy.check(task, World(size=workers))
-    if dtype is None:
-        dtype = "bfloat16" if task.precision == "bfloat16" else "float64"
     del task
     with job_folder() as folder:
         RunFolder.create(folder, "verify")
@@ -118,7 +117,13 @@ def verify(
                 "trace", strategy.name, strategy.settings, dict(overrides or {}), task_file,
                 str(folder), {**options, "name": name, "plainly": plainly},
             )  # fmt: skip
-            run_job(job, source, count, folder / "logs")
+            try:
+                run_job(job, source, count, folder / "logs")
+            except ModelError as error:
+                if dtype != "float64":
+                    raise
+                hint = "if the model insists on float32, give --dtype float32"
+                raise ModelError(f"{error} (computing in float64; {hint})") from error
             return _read_trace(folder / name)
 
         found, notes = trace("strategy", workers, False)
@@ -144,10 +149,11 @@ def compare(
         _deviation(torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64))
         for one, other in zip(found.losses, expected.losses, strict=True)
     ]
-    parameters = _deviations(found.parameters, expected.parameters)
+    tolerance = TOLERANCE[dtype]
+    travelled = _travelled(expected, floor=100 * torch.finfo(_DTYPES[dtype]).eps / tolerance)
+    parameters = _deviations(found.parameters, expected.parameters, travelled)
     buffers = _deviations(found.buffers, expected.buffers)
     worst = max(parameters, key=lambda name: parameters[name])
-    tolerance = TOLERANCE[dtype]
     every = [*losses, *parameters.values(), *buffers.values()]
     return Verdict(
         strategy=strategy.name,
@@ -167,17 +173,37 @@ def compare(
     )
 
 
-def _deviations(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _travelled(trace: Trace, floor: float) -> float:
+    """How far training moved the weights: the scale that a deviation of them is held against.
+
+    With a small learning rate a wrong gradient moves the weights little, but by as much as the
+    right one. The floor keeps rounding of the weights themselves from counting.
+    """
+    moves = [
+        float((after.double() - trace.initial[name].double()).abs().max())
+        for name, after in trace.parameters.items()
+        if name in trace.initial and after.numel()
+    ]
+    return min(1.0, max(floor, *moves)) if moves else 1.0
+
+
+def _deviations(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], scale: float = 1.0
+) -> dict[str, float]:
     if found.keys() != expected.keys():
         raise AssertionError(f"names differ: {sorted(found.keys() ^ expected.keys())}")
-    return {name: _deviation(found[name], expected[name]) for name in expected}
+    return {name: _deviation(found[name], expected[name], scale) for name in expected}
 
 
-def _deviation(found: Tensor, expected: Tensor) -> float:
+def _deviation(found: Tensor, expected: Tensor, scale: float = 1.0) -> float:
     if found.numel() == 0:
         return 0.0
     found, expected = found.double(), expected.double()
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    size = expected.abs().max().clamp(min=1.0)
+    difference = float((found - expected).abs().max() / size) / scale
     # A NaN on either side is as far off as can be, and must not pass a comparison.
     return difference if math.isfinite(difference) else math.inf
 
@@ -210,15 +236,9 @@ def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int)
         for batch in stretch(run.training, first_step(task, steps), steps):
             loss = run.step(batch).loss
             losses.append(math.nan if loss is None else loss)
-        state = run.runner.state_dict()["model"]
-        names = {name for name, _ in run.model.named_buffers()}
-        tensors = {key: value.detach().cpu().clone() for key, value in state.items()}
+        trace = Trace.of(losses, run.model, run.runner.state_dict()["model"])
         run.close()
-    return Trace(
-        losses,
-        {key: value for key, value in tensors.items() if key not in names},
-        {key: value for key, value in tensors.items() if key in names},
-    )
+    return trace
 
 
 def first_step(task: Task, steps: int) -> int:
@@ -281,7 +301,8 @@ def turn_off_dropout(model: nn.Module) -> bool:
 
 def _write_trace(folder: Path, trace: Trace, notes: Mapping[str, bool]) -> None:
     folder.mkdir()
-    for name, tensors in (("parameters", trace.parameters), ("buffers", trace.buffers)):
+    for name in _TENSORS:
+        tensors: dict[str, Tensor] = getattr(trace, name)
         safetensors.torch.save_file(
             {key: value.contiguous() for key, value in tensors.items()},
             folder / f"{name}.safetensors",
@@ -292,8 +313,8 @@ def _write_trace(folder: Path, trace: Trace, notes: Mapping[str, bool]) -> None:
 
 def _read_trace(folder: Path) -> tuple[Trace, dict[str, bool]]:
     content = json.loads((folder / "losses.json").read_text())
-    parameters, buffers = (
-        safetensors.torch.load_file(folder / f"{name}.safetensors")
-        for name in ("parameters", "buffers")
-    )
-    return Trace(content["losses"], parameters, buffers), content["notes"]
+    tensors = (safetensors.torch.load_file(folder / f"{name}.safetensors") for name in _TENSORS)
+    return Trace(content["losses"], *tensors), content["notes"]
+
+
+_TENSORS = ("parameters", "buffers", "initial")

@@ -39,7 +39,11 @@ def trained(
         task, _ = verify.prepared(build(*problem), "float64")
         with wt.Run(task, chosen, context) as run:
             losses = [run.step(batch).loss for batch in run.batches()]
-            trace = Trace.of([float("nan") if x is None else x for x in losses], run.model)
+            trace = Trace.of(
+                [float("nan") if x is None else x for x in losses],
+                run.model,
+                run.model.state_dict(),
+            )
             run.close()
     return trace, chosen.exact
 
@@ -83,7 +87,11 @@ def spoiled(context: Context, spoiler: str, *problem: str) -> Trace:
         with wt.Run(task, DataParallel(), context) as run:
             SPOILERS[spoiler](run.runner)
             losses = [run.step(batch).loss for batch in run.batches()]
-            trace = Trace.of([float("nan") if x is None else x for x in losses], run.model)
+            trace = Trace.of(
+                [float("nan") if x is None else x for x in losses],
+                run.model,
+                run.model.state_dict(),
+            )
             run.close()
     return trace
 

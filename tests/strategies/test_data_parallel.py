@@ -312,3 +312,130 @@ def _copy(value: Any) -> Any:
 @pytest.mark.parametrize("size", [1, 2])
 def test_state_is_taken_up_again(gang: Gang, size: int) -> None:
     assert all(gang.run(size, restored))
+
+
+SHARED = nn.Linear(3, 2)
+
+
+class _NormedLine(nn.Module):
+    """A batch norm without running statistics: it takes those of the batch in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+def outcome(context: Context, kind: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in SHARED.parameters():
+            parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+            parameter.grad = torch.ones_like(parameter)  # as left by something before
+    fields: dict[str, Any] = {
+        "shared": {"model": lambda: SHARED},
+        "untracked": {
+            "model": _NormedLine,
+            "validation": TensorDataset(numbers(19, 3, seed=6), classes(19, 2)),
+        },
+    }[kind]
+    task = dataclasses.replace(conditional_task(), epochs=2, **fields)
+    with wt.Run(task, DataParallel(), context) as run:
+        for batch in run.batches():
+            run.step(batch)
+        values = run.validate()
+        summary = run.finish()
+    return {"loss": summary["train_loss"], **values}
+
+
+@pytest.mark.parametrize("kind", ["shared", "untracked"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_models_that_are_easily_trained_otherwise(gang: Gang, kind: str, size: int) -> None:
+    """One module for all calls of the factory, with gradients in it; statistics in evaluation."""
+    alone = outcome(Context(), kind)
+    for found in gang.run(size, outcome, kind):
+        assert found == pytest.approx(alone, rel=1e-4)
+
+
+def summed(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="sum")
+
+
+def weighted(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, weight=torch.tensor([1.0, 20.0]))
+
+
+@pytest.mark.parametrize("loss", [summed, weighted])
+def test_a_loss_that_is_no_mean_is_refused(gang: Gang, loss: Any) -> None:
+    for message in gang.run(2, message_with, partial(nn.Linear, 3, 2), {"loss": loss}):
+        assert message.startswith("TaskError: the loss is not a mean over the samples given")
+
+
+class _TwiceDifferentiated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.requires_grad_()
+        with torch.enable_grad():
+            y = self.net(x)
+            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y + slope[:, :2]
+
+
+def twice(context: Context) -> str:
+    try:
+        return message_of(context, _TwiceDifferentiated)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_second_derivative_through_batch_norm_is_an_error(gang: Gang) -> None:
+    assert twice(Context()) == "no error"
+    for message in gang.run(2, twice):
+        assert "once_differentiable" in message
+
+
+def test_a_parameter_left_out_names_the_setting(gang: Gang) -> None:
+    """Half of the steps leave out a layer, which the trial step did not show."""
+    data = torch.zeros(64, 3)
+    data[:8] = 1.0  # the first batch uses it on all ranks, later ones on none
+    fields = {"train": TensorDataset(data, classes(64, 2)), "shuffle": False}
+    for message in gang.run(2, message_with, _Conditional, fields):
+        assert "--set find_unused_parameters=true" in message
+
+
+class _InfiniteSlope(nn.Module):
+    """A finite loss with an infinite gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        return y + (y * 0).abs().sqrt()
+
+
+def spoiled_save(context: Context) -> tuple[str, str]:
+    task = dataclasses.replace(conditional_task(), model=_InfiniteSlope)
+    with wt.Run(task, DataParallel(), context) as run:
+        batches = run.batches()
+        run.step(next(batches))
+        messages = []
+        for attempt in (run.save_weights, lambda: run.step(next(batches))):
+            try:
+                attempt()
+            except wt.LossError as error:
+                messages.append(str(error))
+    return tuple(messages)  # type: ignore[return-value]
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved_and_not_blamed_on_the_next_step() -> None:
+    on_save, on_step = spoiled_save(Context())
+    assert "'head.weight' is not finite after step 0" in on_save
+    assert "parameter 'head.weight' was not finite any more: a gradient of an earlier" in on_step

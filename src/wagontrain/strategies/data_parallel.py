@@ -18,10 +18,11 @@ Training" (VLDB), section 3.2 (buckets, overlap); Vogels et al. 2019, "PowerSGD"
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -30,13 +31,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
-from wagontrain.batches import Batch, Batches, Cut, MicroBatch
+from wagontrain.batches import Batch, Batches, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
 from wagontrain.errors import ModelError, ReplicaError, UsageError
 from wagontrain.mesh import World
-from wagontrain.objective import Evaluation, Objective, Update, require_finite
+from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
 from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task, trainable
 from wagontrain.transport import (
@@ -129,6 +129,8 @@ class DataParallelRunner(Runner):
         if context.group is not None:
             self._train = self._distribute(strategy, context.group)
         self.model.train()
+        # Dropout and the like: repeatable, and not the same numbers on every rank.
+        torch.manual_seed(mix(task.seed, "rank", context.world.rank))
 
     def _distribute(
         self, strategy: DataParallel, group: dist.ProcessGroup
@@ -159,8 +161,6 @@ class DataParallelRunner(Runner):
         side = self.context.side
         assert side is not None
         self._open.enter_context(global_batch_norm(self.model, side, self._participation))
-        # Dropout and the like must not draw the same numbers on every rank.
-        torch.manual_seed(self.task.seed + 1 + self.context.world.rank)
         return distributed
 
     def _unused_in_trial(self) -> list[str]:
@@ -179,9 +179,14 @@ class DataParallelRunner(Runner):
         )
         batch = next(Batches.of_training(few, device).epoch(0))
         model = self.task.build_model().to(device).train()
+        own = {id(parameter) for parameter in self.model.parameters()}
+        if any(id(parameter) in own for parameter in model.parameters()):
+            model = copy.deepcopy(self.model).train()  # the task gives out the same one each time
+        objective = Objective(self.task, device)
         with torch.random.fork_rng():
-            loss = Objective(self.task, device)(model, batch.micro_batches[0])
+            loss = objective(model, batch.micro_batches[0])
             loss.backward()  # type: ignore[no-untyped-call]
+            objective.require_mean(model.eval(), batch.micro_batches[0])
         return [name for name, parameter in trainable(model) if parameter.grad is None]
 
     def step(self, batch: Batch) -> StepReport:
@@ -212,7 +217,7 @@ class DataParallelRunner(Runner):
                 loss.backward(loss.new_tensor(weight / total * self.cut.size))  # type: ignore[no-untyped-call]
         marks.exchanged = self._clock.mark()
         rows = gathered.result()
-        require_finite([row[0] for row in rows], batch, self.cut)
+        require_finite([row[0] for row in rows], batch, self.cut, self.model)
         self.update.apply()
         marks.stop = self._clock.mark()
         before = None
@@ -230,9 +235,14 @@ class DataParallelRunner(Runner):
         )
 
     def evaluate(self, batch: Batch) -> Evaluation:
-        """Loss and metrics on this rank's share; ranks without samples have nothing to do."""
+        """Loss and metrics on this rank's share.
+
+        Ranks without samples run their stand-in: a batch norm without running statistics takes
+        those of the global batch here too.
+        """
         if self.model.training:
             self.model.eval()
+        self._participation.counts = batch.micro_batches[0].count > 0
         return self.objective.evaluate(self.model, batch)
 
     def state_dict(self) -> dict[str, Any]:
@@ -259,7 +269,8 @@ class DataParallelRunner(Runner):
                 raise ReplicaError(
                     f"{kind} {name!r} of rank {differing[0]} is no longer that of rank 0: the "
                     "model changes it by something that differs between workers (its own samples, "
-                    "random numbers, the clock), which training on one process would not do"
+                    "random numbers, the clock), or a step left it without gradient on some "
+                    "(then: --set find_unused_parameters=true)"
                 )
 
     def close(self) -> None:
@@ -271,9 +282,10 @@ class DataParallelRunner(Runner):
         self._participation.counts = micro.count > 0
         if weight == 0:
             # Zero times the loss would not do: a mean over nothing is not a number.
-            with self.objective.precision():
-                return _nothing(self.objective.forward(self._train, micro))
-        return self.objective(self._train, micro)
+            with self.objective.precision(), _unused_explained():
+                return nothing(self.objective.forward(self._train, micro))
+        with _unused_explained():
+            return self.objective(self._train, micro)
 
     def _count_later(self, weights: list[float]) -> Pending | None:
         if self.task.weight is None:
@@ -332,16 +344,18 @@ _COMPRESSION_HOOKS = {
 }
 
 
-def _nothing(output: Any) -> Tensor:
-    """A loss of zero that every tensor of the output takes part in."""
-    tensors = [
-        value
-        for value in pytree.tree_leaves(output)
-        if isinstance(value, Tensor) and value.requires_grad
-    ]
-    if not tensors:
-        raise ModelError("the model's output holds no tensor that depends on its parameters")
-    return torch.stack([(value * 0).sum().float() for value in tensors]).sum()
+@contextlib.contextmanager
+def _unused_explained() -> Iterator[None]:
+    """Within, DDP's complaint about a parameter without gradient names the setting for it."""
+    try:
+        yield
+    except ModelError as error:
+        if "finished reduction" not in str(error):
+            raise
+        raise ModelError(
+            "a parameter got no gradient in the step before, on this or another worker, though "
+            "the trial step used it: if that is meant, --set find_unused_parameters=true"
+        ) from error
 
 
 def _require_weight(total: float, batch: Batch) -> None:
