@@ -44,14 +44,19 @@ class Slow(nn.Linear):
 def slow() -> wt.Task:
     return make(model=partial(Slow, 4, 2), epochs=1000)
 
-def one_raises() -> wt.Task:
-    return make(optimizer=broken_optimizer)
+class RaisesOnRankOne(nn.Linear):
+    def forward(self, x):
+        output = super().forward(x)
+        output.register_hook(self.look)
+        return output
 
-def broken_optimizer(parameters):
-    import torch.distributed as dist
-    if dist.get_rank() == 1:
-        raise LookupError("only on rank one")
-    return torch.optim.SGD(parameters, lr=0.1)
+    def look(self, gradient):
+        import torch.distributed as dist
+        if dist.get_rank() == 1:
+            raise LookupError("only on rank one")
+
+def one_raises() -> wt.Task:
+    return make(model=partial(RaisesOnRankOne, 4, 2))
 
 class Wrong(nn.Linear):
     def forward(self, x):
@@ -154,7 +159,7 @@ def test_strategies_are_listed_with_their_settings(capsys: Any, monkeypatch: Any
     assert end.value.code == 0
     text = capsys.readouterr().out
     assert "data-parallel (exact): whole model on every worker" in text
-    assert "    bucket_mb = 25.0" in text
+    assert "    powersgd_rank = 1" in text
 
 
 def clean_environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class Objective:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
-    def __call__(self, model: nn.Module, micro: MicroBatch) -> Tensor:
+    def __call__(self, model: Callable[..., Any], micro: MicroBatch) -> Tensor:
         """Mean loss over the micro-batch, a scalar tensor."""
         with self.precision():
             output = self.forward(model, micro)
@@ -109,7 +109,7 @@ class Objective:
         self._first = False
         return loss
 
-    def forward(self, model: nn.Module, micro: MicroBatch) -> Any:
+    def forward(self, model: Callable[..., Any], micro: MicroBatch) -> Any:
         """The model's output."""
         try:
             return call_model(model, micro.inputs)

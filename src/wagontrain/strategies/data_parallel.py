@@ -21,8 +21,9 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wagontrain.batches import Batch, Batches, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
 from wagontrain.errors import ModelError, ReplicaError, UsageError
+from wagontrain.figures import CarriedFigures, Figures, GatheredFigures, WithSlots
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
 from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
@@ -48,6 +50,8 @@ from wagontrain.transport import (
 )
 
 _TRIAL_SAMPLES = 8
+_FIGURES = 3  # this rank's part of the loss; seconds of computing and of exchange a step before
+_BUCKET_MB = {"cuda": 25.0, "cpu": 5.0}
 
 # torch 2.13 renamed the argument and warns about the old name.
 _NO_BUFFER_SYNC: dict[str, Any] = {
@@ -64,7 +68,8 @@ class DataParallel(Strategy):
     Args:
         shares: one number per worker, to which its share of every batch is proportional; equal
             shares where it is not given.
-        bucket_mb: MiB of gradients that travel together.
+        bucket_mb: MiB of gradients that travel together; where not given 25 over NCCL, as torch
+            has it, and 5 over Gloo, which sends several buckets at a time.
         compression: what gradients travel as. All but "none" lose digits: relaxed.
         powersgd_rank: rank of the approximation with compression "powersgd".
         find_unused_parameters: whether some step may leave a parameter without gradient. None
@@ -72,7 +77,7 @@ class DataParallel(Strategy):
     """
 
     shares: tuple[float, ...] | None = None
-    bucket_mb: float = 25.0
+    bucket_mb: float | None = None
     compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     powersgd_rank: int = 1
     find_unused_parameters: bool | None = None
@@ -81,7 +86,7 @@ class DataParallel(Strategy):
     summary: ClassVar[str] = "whole model on every worker, gradients summed (map-reduce, DDP)"
 
     def __post_init__(self) -> None:
-        if not self.bucket_mb > 0:
+        if self.bucket_mb is not None and not 0 < self.bucket_mb < math.inf:
             raise UsageError(f"bucket_mb is {self.bucket_mb}: give a number above 0")
         if self.powersgd_rank < 1:
             raise UsageError(f"powersgd_rank is {self.powersgd_rank}: give 1 or more")
@@ -125,25 +130,26 @@ class DataParallelRunner(Runner):
         self._before: _Marks | None = None
         self._participation = Participation()
         self._open = contextlib.ExitStack()
-        self._train: nn.Module = self.model
+        self._distributed: DistributedDataParallel | None = None
+        self._forward: Callable[..., Any] = self.model
+        self._figures: Figures = GatheredFigures(context)
         if context.group is not None:
-            self._train = self._distribute(strategy, context.group)
+            self._distribute(strategy, context.group)
         self.model.train()
         # Dropout and the like: repeatable, and not the same numbers on every rank.
         torch.manual_seed(mix(task.seed, "rank", context.world.rank))
 
-    def _distribute(
-        self, strategy: DataParallel, group: dist.ProcessGroup
-    ) -> DistributedDataParallel:
+    def _distribute(self, strategy: DataParallel, group: dist.ProcessGroup) -> None:
         unused = strategy.find_unused_parameters
         if unused is None:
             unused = bool(self._unused_in_trial())
         device = self.context.world.device
+        carry = device.type == "cpu" and strategy.exact
         distributed = DistributedDataParallel(
-            self.model,
+            WithSlots(self.model, _FIGURES * self.cut.size) if carry else self.model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=group,
-            bucket_cap_mb=strategy.bucket_mb,
+            bucket_cap_mb=strategy.bucket_mb or _BUCKET_MB[device.type],
             find_unused_parameters=unused,
             # Gradients live in the buckets: one copy less per step, and one less in memory.
             gradient_as_bucket_view=True,
@@ -161,7 +167,11 @@ class DataParallelRunner(Runner):
         side = self.context.side
         assert side is not None
         self._open.enter_context(global_batch_norm(self.model, side, self._participation))
-        return distributed
+        self._distributed = self._forward = distributed
+        if carry:
+            self._forward = self._figures = CarriedFigures(
+                distributed, self.cut.rank, self.cut.size
+            )
 
     def _unused_in_trial(self) -> list[str]:
         """Names of parameters without gradient after a backward on a few samples.
@@ -209,14 +219,16 @@ class DataParallelRunner(Runner):
                     total = sum(row[0] for row in counted.result())
                     _require_weight(total, batch)
                 loss_sum = loss_sum + loss.detach() * weight if weight else loss_sum
-                if number == last:
-                    figures = torch.stack([loss_sum.double(), *self._times_before()])
-                    gathered = self.context.gather_later(figures)
-                    loss.register_hook(marks.ready_at_end)  # type: ignore[no-untyped-call]
                 # DistributedDataParallel divides what it sums by the number of workers.
-                loss.backward(loss.new_tensor(weight / total * self.cut.size))  # type: ignore[no-untyped-call]
+                scale = weight / total * self.cut.size
+                if number < last:
+                    loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
+                else:
+                    loss.register_hook(marks.ready_at_end)  # type: ignore[no-untyped-call]
+                    figures = torch.stack([loss_sum, *self._times_before(loss_sum)])
+                    self._figures.backward(loss, scale, figures)
         marks.exchanged = self._clock.mark()
-        rows = gathered.result()
+        rows = self._figures.result()
         require_finite([row[0] for row in rows], batch, self.cut, self.model)
         self.update.apply()
         marks.stop = self._clock.mark()
@@ -276,35 +288,31 @@ class DataParallelRunner(Runner):
     def close(self) -> None:
         """Take batch norm and DistributedDataParallel off the model again."""
         self._open.close()
-        self._train = self.model
+        self._distributed, self._forward = None, self.model
 
     def _loss(self, micro: MicroBatch, weight: float) -> Tensor:
         self._participation.counts = micro.count > 0
         if weight == 0:
             # Zero times the loss would not do: a mean over nothing is not a number.
             with self.objective.precision(), _unused_explained():
-                return nothing(self.objective.forward(self._train, micro))
+                return nothing(self.objective.forward(self._forward, micro))
         with _unused_explained():
-            return self.objective(self._train, micro)
+            return self.objective(self._forward, micro)
 
     def _count_later(self, weights: list[float]) -> Pending | None:
         if self.task.weight is None:
             return None
         return self.context.gather_later([sum(weights)])
 
-    def _times_before(self) -> tuple[Tensor, Tensor]:
+    def _times_before(self, like: Tensor) -> tuple[Tensor, Tensor]:
         compute, exposed = (0.0, 0.0) if self._before is None else self._before.seconds()
-        device = self.context.world.device
-        return (
-            torch.tensor(compute, dtype=torch.float64, device=device),
-            torch.tensor(exposed, dtype=torch.float64, device=device),
-        )
+        return like.new_tensor(compute), like.new_tensor(exposed)
 
     def _exchange(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Exchange gradients with this backward, or only add them up."""
-        if now or not isinstance(self._train, DistributedDataParallel):
+        if now or self._distributed is None:
             return contextlib.nullcontext()
-        return self._train.no_sync()
+        return self._distributed.no_sync()
 
 
 @dataclass

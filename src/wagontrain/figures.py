@@ -1,0 +1,100 @@
+"""A few figures of every rank, known to all by the end of a backward pass.
+
+Every step, ranks tell each other their part of the loss and how long they took. As a collective
+of its own that costs several per cent of a short step on a busy CPU: not for the bytes, but for
+waking threads. So the figures travel inside a bucket of gradients: an extra parameter whose
+gradient they are, each rank in its own slots and zero elsewhere, so that the sum over ranks is
+the collection. Where buckets cannot carry them (lossy compression rounds them; on a GPU, reading
+them would wait for the whole backward) they are gathered beside it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from wagontrain.transport import Context, Pending
+
+
+class Figures(ABC):
+    """The figures of one step after the other, on their way between ranks."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
+        """The backward pass of `scale` times the loss, in which this rank's figures leave."""
+
+    @abstractmethod
+    def result(self) -> list[list[float]]:
+        """The figures of every rank, once the backward pass is over."""
+
+
+class GatheredFigures(Figures):
+    """Figures collected by an all-gather of their own, beside the backward pass."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._pending: Pending | None = None
+
+    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
+        """Start to gather, then go backward."""
+        self._pending = self._context.gather_later(figures)
+        loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
+
+    def result(self) -> list[list[float]]:
+        """What was gathered."""
+        assert self._pending is not None
+        return self._pending.result()
+
+
+class WithSlots(nn.Module):
+    """A model with an extra parameter of `count` slots: returns the output and the slots."""
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__()
+        self.model = model
+        self.slots = nn.Parameter(torch.zeros(count))
+
+    def forward(self, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
+        """The model's output, and the slots as a tensor that a loss can be made of."""
+        return self.model(*inputs, **named), self.slots * 1
+
+
+class CarriedFigures(Figures):
+    """Figures carried by the buckets of a DistributedDataParallel over `WithSlots`.
+
+    Stands in for the distributed model: calling it gives the model's own output.
+    """
+
+    def __init__(self, distributed: DistributedDataParallel, rank: int, size: int) -> None:
+        self._distributed = distributed
+        self._inner: WithSlots = distributed.module
+        self._rank, self._size = rank, size
+        self._outgoing: Tensor | None = None
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model's output."""
+        output, self._outgoing = self._distributed(*inputs, **named)
+        return output
+
+    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
+        """Go backward from the loss and from the slots at once."""
+        assert self._outgoing is not None
+        own = torch.zeros(self._size, len(figures), dtype=self._outgoing.dtype)
+        own[self._rank] = figures
+        carried = (self._outgoing * own.view(-1)).sum()
+        # DistributedDataParallel divides what it sums by the number of workers.
+        scales = [loss.new_tensor(scale), carried.new_tensor(float(self._size))]
+        torch.autograd.backward([loss, carried], scales)
+        self._outgoing = None
+
+    def result(self) -> list[list[float]]:
+        """What the buckets brought."""
+        gradient = self._inner.slots.grad
+        assert gradient is not None
+        rows: list[list[float]] = gradient.view(self._size, -1).tolist()
+        self._inner.slots.grad = None
+        return rows
