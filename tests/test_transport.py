@@ -60,14 +60,15 @@ def test_bytes_as_the_kernel_counts_them() -> None:
         sent = SentBytes()
         client.sendall(b"x" * 1000)
         assert sent.total() == 1000
-        before = sent.total()
+        assert sent.lap() == 1000
         client.sendall(b"x" * 50)
-        assert sent.since(before) == 50
+        assert sent.lap() == 50
         later = socket.create_connection(server.getsockname())
         later.sendall(b"x" * 7)
-        assert sent.since(before) == 50  # not found yet
+        assert sent.lap() == 0  # not found yet
         sent.refresh()
-        assert sent.since(before) == 57
+        assert sent.lap() == 7
+        assert sent.total() == 1057
         sent.close()
         for sock in (client, later, peer):
             sock.close()

@@ -150,8 +150,8 @@ class Objective:
         Raises:
             TaskError: the loss of all is not the mean of the losses of two parts.
         """
-        with torch.no_grad(), self.precision():
-            output = self.forward(model, micro)
+        with self.precision():  # with gradients: some models differentiate in their forward
+            output = pytree.tree_map(_detached, self.forward(model, micro))
         samples = micro.count
         leaves = pytree.tree_leaves((output, micro.target))
         if samples < 2 or not all(
@@ -230,6 +230,10 @@ def nothing(output: Any) -> Tensor:
     if not tensors:
         raise ModelError("the model's output holds no tensor that depends on its parameters")
     return torch.stack([(value * 0).sum().float() for value in tensors]).sum()
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _tensors_in(output: Any) -> list[Tensor]:

@@ -74,7 +74,6 @@ class Run:
         self.context = context
         self.folder = folder if context.world.rank == 0 else None
         self.runner = strategy.setup(task, context)
-        context.sent.refresh()
         device, cut = context.world.device, self.runner.cut
         self.training = Batches.of_training(task, device, cut)
         self.validation = Batches.of_validation(task, device, cut)
@@ -92,6 +91,8 @@ class Run:
         self._epoch_loss = _Mean()
         self._began = time.perf_counter()
         self._announce()
+        context.sent.refresh()
+        context.sent.lap()
 
     @property
     def model(self) -> nn.Module:
@@ -172,6 +173,7 @@ class Run:
         if total == 0:
             raise ModelError("Task.weight is 0 for all validation data: a mean does not exist")
         self.values = {name: value / total for name, value in zip(names, totals, strict=True)}
+        self.context.sent.lap()  # not what a step sends
         self._events.send(
             "validation",
             epoch=max(0, self.step_count - 1) // self.task.steps_per_epoch,
@@ -192,6 +194,7 @@ class Run:
     def check_replicas(self) -> None:
         """Raise ReplicaError where tensors that must be equal on several ranks are not."""
         self.runner.check_replicas()
+        self.context.sent.lap()  # not what a step sends
 
     def save_weights(self) -> None:
         """Write the model's weights into the run directory; every rank has to call this."""

@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import stat
-import struct
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -148,7 +148,7 @@ class SentBytes:
     def __init__(self, talks: bool = True) -> None:
         self._talks = talks
         self._sockets: dict[int, socket.socket] = {}
-        self._base = 0
+        self._base = self._lap = 0
         self.refresh()
         self._base = self._count() or 0
 
@@ -176,10 +176,13 @@ class SentBytes:
         count = self._count()
         return None if count is None else count - self._base
 
-    def since(self, earlier: int | None) -> int | None:
-        """Bytes sent since `total` gave `earlier`."""
+    def lap(self) -> int | None:
+        """Bytes sent since the last lap, or since this object was made."""
         now = self.total()
-        return None if now is None or earlier is None else now - earlier
+        if now is None:
+            return None
+        sent, self._lap = now - self._lap, now
+        return sent
 
     def close(self) -> None:
         """Let go of the sockets."""
@@ -192,10 +195,10 @@ class SentBytes:
             return None
         total = 0
         for sock in self._sockets.values():
-            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES_SENT + 8)
             if len(info) < _TCP_INFO_BYTES_SENT + 8:
                 return None
-            total += struct.unpack_from("Q", info, _TCP_INFO_BYTES_SENT)[0]
+            total += int.from_bytes(info[_TCP_INFO_BYTES_SENT:], sys.byteorder)
         return total
 
 

@@ -205,7 +205,6 @@ class DataParallelRunner(Runner):
         if not self.model.training:
             self.model.train()
         marks = _Marks(self._clock)
-        sent = self.context.sent.total()
         weights = [self.objective.weight(micro) for micro in batch.micro_batches]
         # What one sample counts for has to be known before the first backward, not before.
         counted = self._count_later(weights)
@@ -242,7 +241,7 @@ class DataParallelRunner(Runner):
             samples=batch.total,
             loss=sum(row[0] for row in rows) / total,
             seconds=time.perf_counter() - began,
-            sent=self.context.sent.since(sent),
+            sent=self.context.sent.lap(),
             before=before,
         )
 
