@@ -1,10 +1,11 @@
 """wagontrain against plain PyTorch: one process against a bare loop, two against a DDP script.
 
-    python benchmarks/foundation.py [--rounds 30]
+    python benchmarks/foundation.py [--rounds 45]
 
 Both sides run in the same processes, in turns of a few steps each, so that a change of the
 machine's speed meets both. A ratio is plain time / wagontrain time of one round: above 1,
-wagontrain is faster. wagontrain keeps its run's files (events, TensorBoard) as `fit` does; the
+wagontrain is faster. A second copy of the plain loop, held against the first in the same way,
+shows what the machine's noise makes of two equal things. wagontrain keeps its run's files (events, TensorBoard) as `fit` does; the
 plain loops keep nothing.
 """
 
@@ -40,7 +41,7 @@ from wagontrain.task import load_task, make_task
 from wagontrain.transport import Context
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"LeNet": 40, "char LM": 12, "MLP 10 M": 15}
+STEPS = {"LeNet": 25, "char LM": 4, "MLP 10 M": 6}
 
 
 def lenet() -> wt.Task:
@@ -84,23 +85,24 @@ def ours(task: wt.Task, context: Context, folder: Path) -> Iterator[float | None
         yield run.step(batch).loss
 
 
-def rounds(name: str, context: Context, count: int, folder: Path) -> list[tuple[float, float]]:
-    """(plain, wagontrain) seconds a step, round by round."""
+def rounds(name: str, context: Context, count: int, folder: Path) -> list[list[float]]:
+    """Seconds a step of [plain, wagontrain, plain again], round by round."""
     task = TASKS[name]()
-    other = plain.bare_loop(task) if context.world.size == 1 else plain.ddp_script(task)
-    sides: list[Iterator[object]] = [other, ours(task, context, folder)]
+    loop = plain.bare_loop if context.world.size == 1 else plain.ddp_script
+    sides: list[Iterator[object]] = [loop(task), ours(task, context, folder), loop(task)]
     steps = STEPS[name]
     result = []
     for number in range(count + 1):
-        seconds = [0.0, 0.0]
-        for side in (0, 1) if number % 2 else (1, 0):
+        seconds = [0.0] * len(sides)
+        for turn in range(len(sides)):
+            side = (turn + number) % len(sides)
             context.barrier()
             began = time.perf_counter()
             for _ in range(steps):
                 next(sides[side])
             seconds[side] = (time.perf_counter() - began) / steps
         if number:  # the first round warms up
-            result.append((seconds[0], seconds[1]))
+            result.append(seconds)
     return result
 
 
@@ -113,30 +115,30 @@ def work(out: Path, names: list[str], count: int) -> None:
     launch.leave(context)
 
 
-def measure(workers: int, names: list[str], count: int) -> dict[str, list[tuple[float, float]]]:
+def measure(workers: int, names: list[str], count: int) -> dict[str, list[list[float]]]:
     """Figures of so many processes."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = [sys.executable, __file__, "--work", str(folder), "--rounds", str(count)]
         launch.start_workers([*command, *names], workers, folder, folder)
-        result: dict[str, list[tuple[float, float]]] = json.loads(
-            (folder / "figures.json").read_text()
-        )
+        result: dict[str, list[list[float]]] = json.loads((folder / "figures.json").read_text())
     return result
 
 
-def table(figures: dict[str, list[tuple[float, float]]], against: str) -> list[str]:
-    """Markdown rows: medians and the ratio's quartiles."""
+def table(figures: dict[str, list[list[float]]], against: str) -> list[str]:
+    """Markdown rows: medians and the ratios' quartiles."""
     lines = [
-        f"| model | {against}, ms a step | wagontrain, ms a step | ratio, median | quartiles |",
-        "|---|---|---|---|---|",
+        f"| model | {against}, ms | wagontrain, ms | ratio, median | quartiles | "
+        f"{against} against itself |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, pairs in figures.items():
-        ratios = sorted(other / own for other, own in pairs)
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        other, own = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+    for name, rows in figures.items():
+        other, own, _ = (statistics.median(column) * 1e3 for column in zip(*rows, strict=True))
+        low, middle, high = statistics.quantiles([row[0] / row[1] for row in rows], n=4)
+        control = statistics.quantiles([row[0] / row[2] for row in rows], n=4)
         lines.append(
-            f"| {name} | {other:.2f} | {own:.2f} | **{middle:.3f}** | {low:.3f} to {high:.3f} |"
+            f"| {name} | {other:.2f} | {own:.2f} | **{middle:.3f}** | {low:.3f} to {high:.3f} | "
+            f"{control[1]:.3f} ({control[0]:.3f} to {control[2]:.3f}) |"
         )
     return lines
 
@@ -156,7 +158,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=45)
     parser.add_argument("--work", type=Path)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
@@ -175,7 +177,7 @@ def main() -> None:
         f"Commit {commit}; {machine()}; torch {torch.__version__}. "
         f"`python benchmarks/foundation.py --rounds {arguments.rounds}`: both sides in the same "
         "processes in turns; ratio = plain time / wagontrain time per round, above 1 wagontrain "
-        "is faster.", "",
+        "is faster. Times are medians a step.", "",
         "## One process against a bare PyTorch loop", "",
         *table(alone, "bare loop"), "",
         "## Two processes against a hand-written DDP script", "",
