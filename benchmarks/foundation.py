@@ -1,12 +1,12 @@
 """wagontrain against plain PyTorch: one process against a bare loop, two against a DDP script.
 
-    python benchmarks/foundation.py [--rounds 45]
+    python benchmarks/foundation.py [--rounds 90]
 
 Both sides run in the same processes, in turns of a few steps each, so that a change of the
 machine's speed meets both. A ratio is plain time / wagontrain time of one round: above 1,
 wagontrain is faster. A second copy of the plain loop, held against the first in the same way,
-shows what the machine's noise makes of two equal things. wagontrain keeps its run's files (events, TensorBoard) as `fit` does; the
-plain loops keep nothing.
+shows what the machine's noise makes of two equal things. wagontrain keeps its run's files
+(events, TensorBoard) as `fit` does; the plain loops keep nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from wagontrain.task import load_task, make_task
 from wagontrain.transport import Context
 
 ROOT = Path(__file__).parents[1]
-STEPS = {"LeNet": 25, "char LM": 4, "MLP 10 M": 6}
+STEPS = {"LeNet": 12, "char LM": 2, "MLP 10 M": 4}
 
 
 def lenet() -> wt.Task:
@@ -158,7 +158,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=45)
+    parser.add_argument("--rounds", type=int, default=90)
     parser.add_argument("--work", type=Path)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()

@@ -347,7 +347,15 @@ data = TensorDataset(torch.randn(40, width), torch.randn(40, 1))
 rate = 0.1
 task = lambda: wt.Task(model=Net, loss=nn.functional.mse_loss, train=data, batch_size=10,
                        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=rate))
-result = wt.fit(task, workers=2, run_dir="notebook", quiet=True)
+from dataclasses import dataclass
+from wagontrain.strategies.data_parallel import DataParallel
+
+@dataclass(frozen=True)
+class Mine(DataParallel):
+    name = "mine"
+
+result = wt.fit(task, Mine(bucket_mb=1), workers=2, run_dir="notebook", quiet=True)
+assert result.summary["strategy"] == "mine"
 again = wt.fit(task, workers=2, run_dir="again", quiet=True)
 assert result.summary["world_size"] == 2
 net = Net()

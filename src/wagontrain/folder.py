@@ -103,6 +103,10 @@ class RunFolder:
         """Keep how it ended."""
         _write_json(self.path / "summary.json", summary)
 
+    def write_traceback(self, rank: int, text: str) -> None:
+        """Keep where a rank failed; what is shown is one line."""
+        (self.logs / f"rank{rank}.traceback").write_text(text)
+
     def has_ended(self) -> bool:
         """Whether a run has written how it ended."""
         return (self.path / "summary.json").exists()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +52,10 @@ class Job:
 
     Args:
         kind: what to do: "train" or "trace".
-        strategy: name of the strategy.
+        strategy: name of the strategy, where it was not pickled beside.
         settings: its settings.
         overrides: fields of the task to replace.
-        task_file: `FILE:NAME` to load the task from; None where the task was pickled beside.
+        task_file: `FILE:NAME` to load the task from; None where task and strategy were pickled.
         run_dir: the run's folder.
         options: what else the kind of job needs.
     """
@@ -67,7 +68,7 @@ class Job:
     run_dir: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path, source: TaskSource) -> None:
+    def write(self, folder: Path, source: TaskSource, strategy: Strategy) -> None:
         """Leave the job in a folder that only this user can read.
 
         A task from a script or a notebook travels by cloudpickle, which takes functions and
@@ -79,7 +80,7 @@ class Job:
         """
         if self.task_file is None:
             try:
-                (folder / "task.pkl").write_bytes(cloudpickle.dumps(source))
+                (folder / "task.pkl").write_bytes(cloudpickle.dumps((source, strategy)))
             except Exception as error:  # pickling runs whatever the user's objects define
                 raise UsageError(
                     f"the task cannot be sent to worker processes ({error}): put it into a file "
@@ -96,12 +97,13 @@ class Job:
         sys.path.extend(entry for entry in content["path"] if entry not in sys.path)
         return cls(**content["job"])
 
-    def task(self, folder: Path) -> Task:
-        """The task to train."""
+    def load(self, folder: Path) -> tuple[Task, Strategy]:
+        """The task to train, and how."""
         if self.task_file is not None:
-            return make_task(load_task(self.task_file), self.overrides)
-        source = cloudpickle.loads((folder / "task.pkl").read_bytes())
-        return make_task(source, self.overrides)
+            strategy = make_strategy(self.strategy, self.settings)
+            return make_task(load_task(self.task_file), self.overrides), strategy
+        source, strategy = cloudpickle.loads((folder / "task.pkl").read_bytes())
+        return make_task(source, self.overrides), strategy
 
 
 @contextlib.contextmanager
@@ -184,7 +186,7 @@ def start(
     display_ = display or Progress(Console(quiet=True))
     try:
         with Follower(display_, folder.events, folder.logs / "rank0.log"):
-            run_job(job, source, count, folder.logs)
+            run_job(job, source, strategy, count, folder.logs)
     except UsageError:
         folder.discard()
         raise
@@ -214,22 +216,20 @@ def check_workers(count: int, place: Place | None) -> None:
         )
 
 
-def run_job(job: Job, source: TaskSource, workers: int, logs: Path) -> None:
+def run_job(job: Job, source: TaskSource, strategy: Strategy, workers: int, logs: Path) -> None:
     """Run a job in `workers` processes of this machine, until all have ended well."""
     with job_folder() as folder:
-        job.write(folder, source)
+        job.write(folder, source, strategy)
         launch.start_workers(launch.worker_command(folder), workers, folder, logs)
 
 
 def train_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "train"."""
-    strategy = make_strategy(job.strategy, job.settings)
     context = launch.join(place)
+    task, strategy = job.load(folder)
     assert job.run_dir is not None
-    run = Run(
-        job.task(folder), strategy, context, RunFolder(Path(job.run_dir)),
-        max_steps=job.options["steps"],
-    )  # fmt: skip
+    keep = RunFolder(Path(job.run_dir))
+    run = Run(task, strategy, context, keep, max_steps=job.options["steps"])
     with run:
         train(run)
     launch.leave(context)
@@ -286,6 +286,12 @@ def _train_here(
             summary = train(run)
         where = context.gather_text(str(folder.path) if folder else "")[0]
         launch.leave(context)
+    except Exception as error:
+        if folder is not None:
+            folder.write_traceback(0, "".join(traceback.format_exception(error)))
+            if isinstance(error, UsageError):
+                folder.discard()
+        raise
     finally:
         if display is not None:
             display.close()

@@ -60,7 +60,12 @@ class Context:
 
     def first_to(self, deed: str) -> bool:
         """Whether no rank has asked this for the same deed before. Waits for nobody."""
-        return self.store is None or self.store.add(f"wagontrain/first-to/{deed}", 1) == 1
+        if self.store is None:
+            return True
+        try:
+            return bool(self.store.add(f"wagontrain/first-to/{deed}", 1) == 1)
+        except dist.DistError:  # the store has gone with the rank that held it
+            return True
 
     def gather_later(self, figures: Sequence[float] | Tensor) -> Pending:
         """Start collecting every rank's figures (as float64); all ranks give equally many.

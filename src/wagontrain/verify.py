@@ -31,7 +31,6 @@ from wagontrain.jobs import Job, check_workers, job_folder, run_job
 from wagontrain.launch import Place
 from wagontrain.mesh import World
 from wagontrain.reference import Trace, stretch, train_plainly
-from wagontrain.registry import make_strategy
 from wagontrain.strategy import Strategy
 from wagontrain.task import Task, TaskSource, make_task
 from wagontrain.trainer import Run
@@ -118,7 +117,7 @@ def verify(
                 str(folder), {**options, "name": name, "plainly": plainly},
             )  # fmt: skip
             try:
-                run_job(job, source, count, folder / "logs")
+                run_job(job, source, strategy, count, folder / "logs")
             except ModelError as error:
                 if dtype != "float64":
                     raise
@@ -215,13 +214,13 @@ def trace_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "trace"."""
     options = job.options
     context = launch.join(place)
+    loaded, strategy = job.load(folder)
     with computing_in(options["dtype"]):
-        task, dropout = prepared(job.task(folder), options["dtype"])
+        task, dropout = prepared(loaded, options["dtype"])
         if options["plainly"]:
             first = first_step(task, options["steps"])
             trace = train_plainly(task, context.world.device, first, options["steps"])
         else:
-            strategy = make_strategy(job.strategy, job.settings)
             trace = trace_strategy(task, strategy, context, options["steps"])
     if context.world.rank == 0:
         assert job.run_dir is not None
