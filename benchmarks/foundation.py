@@ -1,11 +1,13 @@
 """wagontrain against plain PyTorch: one process against a bare loop, two against a DDP script.
 
-    python benchmarks/foundation.py [--rounds 90]
+    python benchmarks/foundation.py [--rounds 60]
 
 Both sides run in the same processes, in turns of a few steps each, so that a change of the
 machine's speed meets both. A ratio is plain time / wagontrain time of one round: above 1,
 wagontrain is faster. A second copy of the plain loop, held against the first in the same way,
-shows what the machine's noise makes of two equal things. wagontrain keeps its run's files
+shows what the machine's noise makes of two equal things. Half of the rounds are in processes
+where wagontrain is built first, half where the plain loop is: whatever is built second was found
+to be 1.5 % slower for the rest of the process, whichever it is. wagontrain keeps its run's files
 (events, TensorBoard) as `fit` does; the plain loops keep nothing.
 """
 
@@ -85,7 +87,7 @@ def ours(task: wt.Task, context: Context, folder: Path) -> Iterator[float | None
         yield run.step(batch).loss
 
 
-def rounds(name: str, context: Context, count: int, folder: Path) -> list[list[float]]:
+def rounds(name: str, context: Context, count: int, folder: Path, first: int) -> list[list[float]]:
     """Seconds a step of [plain, wagontrain, plain again], round by round."""
     task = TASKS[name]()
     loop = plain.bare_loop if context.world.size == 1 else plain.ddp_script
@@ -95,7 +97,7 @@ def rounds(name: str, context: Context, count: int, folder: Path) -> list[list[f
     for number in range(count + 1):
         seconds = [0.0] * len(sides)
         for turn in range(len(sides)):
-            side = (turn + number) % len(sides)
+            side = (turn + number + first) % len(sides)
             context.barrier()
             began = time.perf_counter()
             for _ in range(steps):
@@ -106,22 +108,26 @@ def rounds(name: str, context: Context, count: int, folder: Path) -> list[list[f
     return result
 
 
-def work(out: Path, names: list[str], count: int) -> None:
+def work(out: Path, names: list[str], count: int, first: int) -> None:
     """What each process does; rank 0 leaves the figures."""
     context = launch.join(launch.place_from_environment())
-    figures = {name: rounds(name, context, count, out / f"run-{name}") for name in names}
+    figures = {name: rounds(name, context, count, out / f"run-{name}", first) for name in names}
     if context.world.rank == 0:
         (out / "figures.json").write_text(json.dumps(figures))
     launch.leave(context)
 
 
 def measure(workers: int, names: list[str], count: int) -> dict[str, list[list[float]]]:
-    """Figures of so many processes."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        command = [sys.executable, __file__, "--work", str(folder), "--rounds", str(count)]
-        launch.start_workers([*command, *names], workers, folder, folder)
-        result: dict[str, list[list[float]]] = json.loads((folder / "figures.json").read_text())
+    """Figures of so many processes, from two starts of them: each side is built first in one."""
+    result: dict[str, list[list[float]]] = {name: [] for name in names}
+    for first in (0, 1):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            options = ["--work", name, "--rounds", str(count // 2), "--first", str(first)]
+            command = [sys.executable, __file__, *options, *names]
+            launch.start_workers(command, workers, folder, folder)
+            for model, rows in json.loads((folder / "figures.json").read_text()).items():
+                result[model] += rows
     return result
 
 
@@ -158,12 +164,13 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=90)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--work", type=Path)
+    parser.add_argument("--first", type=int)
     parser.add_argument("names", nargs="*")
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work, arguments.names, arguments.rounds)
+        work(arguments.work, arguments.names, arguments.rounds, arguments.first)
         return
     alone = measure(1, ["LeNet", "char LM"], arguments.rounds)
     pair = measure(2, ["LeNet", "MLP 10 M", "char LM"], arguments.rounds)

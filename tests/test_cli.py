@@ -65,6 +65,13 @@ class Wrong(nn.Linear):
 def wrong() -> wt.Task:
     return make(model=partial(Wrong, 4, 2))
 
+class Float32(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+def insists() -> wt.Task:
+    return make(model=partial(Float32, 4, 2))
+
 def diverges() -> wt.Task:
     return make(loss=lambda output, target: (output * 1e30).square().sum().exp())
 
@@ -207,6 +214,14 @@ def test_verify_passes_and_fails(task_file: Path, tmp_path: Path) -> None:
     bad = wagontrain("verify", f"{task_file}:wrong", "--workers", "2", folder=tmp_path)
     assert bad.returncode == 1
     assert "FAILED: not the training that one process would do" in bad.stdout
+
+
+def test_a_model_that_insists_on_float32_is_told_how(task_file: Path, tmp_path: Path) -> None:
+    asked = f"{task_file}:insists"
+    refused = wagontrain("verify", asked, folder=tmp_path)
+    assert refused.returncode == 1
+    assert "give --dtype float32" in refused.stderr
+    assert wagontrain("verify", asked, "--dtype", "float32", folder=tmp_path).returncode == 0
 
 
 def test_a_relaxed_strategy_may_differ(task_file: Path, tmp_path: Path) -> None:

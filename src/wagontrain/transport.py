@@ -235,15 +235,6 @@ class Stopwatch:
         return float(start.elapsed_time(stop)) / 1e3
 
 
-def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """From a gradient hook: call `callback` when the last local gradient is ready.
-
-    That is before DistributedDataParallel waits for its exchanges: it queues its own callback
-    later, when the last bucket is ready, and the engine runs them in turn.
-    """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
 def lost_peer(error: BaseException) -> bool:
     """Whether an error of torch.distributed says that another rank cannot be reached."""
     if isinstance(error, dist.DistError):

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from wagontrain import launch
-from wagontrain.errors import ModelError, UsageError
+from wagontrain.errors import TrainingError, UsageError
 from wagontrain.folder import RunFolder
 from wagontrain.jobs import Job, check_workers, job_folder, run_job
 from wagontrain.launch import Place
@@ -118,11 +118,11 @@ def verify(
             )  # fmt: skip
             try:
                 run_job(job, source, strategy, count, folder / "logs")
-            except ModelError as error:
-                if dtype != "float64":
+            except TrainingError as error:
+                if dtype != "float64" or "dtype" not in str(error):
                     raise
-                hint = "if the model insists on float32, give --dtype float32"
-                raise ModelError(f"{error} (computing in float64; {hint})") from error
+                hint = "the model insists on another dtype; give --dtype float32"
+                raise TrainingError(f"{error} (computing in float64: {hint})") from error
             return _read_trace(folder / name)
 
         found, notes = trace("strategy", workers, False)

@@ -45,7 +45,6 @@ from wagontrain.transport import (
     Context,
     Pending,
     Stopwatch,
-    at_end_of_backward,
     fingerprints,
 )
 
@@ -128,6 +127,7 @@ class DataParallelRunner(Runner):
         self.objective = Objective(task, context.world.device)
         self._clock = Stopwatch(context.world.device)
         self._before: _Marks | None = None
+        self._ready: Any = None
         self._participation = Participation()
         self._open = contextlib.ExitStack()
         self._distributed: DistributedDataParallel | None = None
@@ -167,6 +167,8 @@ class DataParallelRunner(Runner):
         side = self.context.side
         assert side is not None
         self._open.enter_context(global_batch_norm(self.model, side, self._participation))
+        first = next(value for _, value in trainable(self.model))
+        self._open.callback(first.register_post_accumulate_grad_hook(self._note_ready).remove)  # type: ignore[no-untyped-call]
         self._distributed = self._forward = distributed
         if carry:
             self._forward = self._figures = CarriedFigures(
@@ -223,10 +225,11 @@ class DataParallelRunner(Runner):
                 if number < last:
                     loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
                 else:
-                    loss.register_hook(marks.ready_at_end)  # type: ignore[no-untyped-call]
+                    self._ready = None
                     figures = torch.stack([loss_sum, *self._times_before(loss_sum)])
                     self._figures.backward(loss, scale, figures)
         marks.exchanged = self._clock.mark()
+        marks.ready = self._ready or marks.exchanged
         rows = self._figures.result()
         require_finite([row[0] for row in rows], batch, self.cut, self.model)
         self.update.apply()
@@ -289,6 +292,10 @@ class DataParallelRunner(Runner):
         self._open.close()
         self._distributed, self._forward = None, self.model
 
+    def _note_ready(self, parameter: Tensor) -> None:
+        """Mark the time: the first parameter's gradient is the last to be ready."""
+        self._ready = self._clock.mark()
+
     def _loss(self, micro: MicroBatch, weight: float) -> Tensor:
         self._participation.counts = micro.count > 0
         if weight == 0:
@@ -326,13 +333,6 @@ class _Marks:
 
     def __post_init__(self) -> None:
         self.start = self.clock.mark()
-
-    def ready_at_end(self, gradient: Tensor) -> None:
-        """Hook on the loss: mark `ready` when the last local gradient is there."""
-        at_end_of_backward(self._mark_ready)
-
-    def _mark_ready(self) -> None:
-        self.ready = self.clock.mark()
 
     def seconds(self) -> tuple[float, float]:
         """Seconds of computing, and of exchange that computing did not hide."""
