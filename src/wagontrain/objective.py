@@ -36,10 +36,17 @@ class Update:
         self.scheduler = task.build_scheduler(self.optimizer)
         self.clip = task.clip_grad_norm
         self.parameters = [value for value in model.parameters() if value.requires_grad]
-        self.optimizer.zero_grad(set_to_none=True)  # a model from elsewhere may bring gradients
+
+    def begin(self) -> None:
+        """Clear the gradients of the step before, or those that a model brought along.
+
+        Not sooner: freed together with a step's activations, their memory goes back to the
+        system, and the next step pays for it with thousands of page faults.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
 
     def apply(self) -> None:
-        """Update the parameters from their gradients, then clear these."""
+        """Update the parameters from their gradients."""
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
@@ -48,7 +55,6 @@ class Update:
                 self.scheduler.step()
             except ValueError as error:  # OneCycleLR past its end, say
                 raise ModelError(f"the scheduler cannot go on: {origin(error)}") from error
-        self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scheduler."""

@@ -207,6 +207,7 @@ class DataParallelRunner(Runner):
         if not self.model.training:
             self.model.train()
         marks = _Marks(self._clock)
+        self.update.begin()
         weights = [self.objective.weight(micro) for micro in batch.micro_batches]
         # What one sample counts for has to be known before the first backward, not before.
         counted = self._count_later(weights)
