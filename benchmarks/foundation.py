@@ -6,8 +6,8 @@ Both sides run in the same processes, in turns of a few steps each, so that a ch
 machine's speed meets both. A ratio is plain time / wagontrain time of one round: above 1,
 wagontrain is faster. A second copy of the plain loop, held against the first in the same way,
 shows what the machine's noise makes of two equal things. Half of the rounds are in processes
-where wagontrain is built first, half where the plain loop is: whatever is built second was found
-to be 1.5 % slower for the rest of the process, whichever it is. wagontrain keeps its run's files
+where wagontrain is built first, half where the plain loop is, so that where memory lies favours
+neither. wagontrain keeps its run's files
 (events, TensorBoard) as `fit` does; the plain loops keep nothing.
 """
 
