@@ -60,10 +60,11 @@ class JsonLines(Sink):
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
+        self._text = json.JSONEncoder(default=str).encode
 
     def take(self, event: Event) -> None:
         """Append one line."""
-        self._file.write(json.dumps(event, default=str) + "\n")
+        self._file.write(self._text(event) + "\n")
 
     def close(self) -> None:
         """Close the file."""

@@ -11,6 +11,7 @@ them would wait for the whole backward) they are gathered beside it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wagontrain.transport import Context, Pending
 
+Weighted = tuple[Tensor, float]
+
 
 class Figures(ABC):
     """The figures of one step after the other, on their way between ranks."""
 
     @abstractmethod
-    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
-        """The backward pass of `scale` times the loss, in which this rank's figures leave."""
+    def backward(
+        self, loss: Tensor, scale: float, part: Sequence[Weighted], times: Sequence[float]
+    ) -> None:
+        """The backward pass of `scale` times the loss, in which this rank's figures leave.
+
+        Args:
+            loss: of the last micro-batch, a scalar tensor.
+            scale: factor on its gradient.
+            part: loss and weight of each micro-batch; their products added are the first figure.
+            times: the other figures.
+        """
 
     @abstractmethod
     def result(self) -> list[list[float]]:
@@ -39,8 +51,14 @@ class GatheredFigures(Figures):
         self._context = context
         self._pending: Pending | None = None
 
-    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
+    def backward(
+        self, loss: Tensor, scale: float, part: Sequence[Weighted], times: Sequence[float]
+    ) -> None:
         """Start to gather, then go backward."""
+        # On the device: reading the loss here would wait for it.
+        weighted = [value.detach() * weight for value, weight in part if weight]
+        total = torch.stack(weighted).sum() if weighted else loss.new_zeros(())
+        figures = torch.cat([total.view(1), total.new_tensor(times)])
         self._pending = self._context.gather_later(figures)
         loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
 
@@ -59,8 +77,8 @@ class WithSlots(nn.Module):
         self.slots = nn.Parameter(torch.zeros(count))
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
-        """The model's output, and the slots as a tensor that a loss can be made of."""
-        return self.model(*inputs, **named), self.slots * 1
+        """The model's output, and the slots as a tensor to go backward from."""
+        return self.model(*inputs, **named), self.slots.view_as(self.slots)
 
 
 class CarriedFigures(Figures):
@@ -80,15 +98,18 @@ class CarriedFigures(Figures):
         output, self._outgoing = self._distributed(*inputs, **named)
         return output
 
-    def backward(self, loss: Tensor, scale: float, figures: Tensor) -> None:
+    def backward(
+        self, loss: Tensor, scale: float, part: Sequence[Weighted], times: Sequence[float]
+    ) -> None:
         """Go backward from the loss and from the slots at once."""
         assert self._outgoing is not None
-        own = torch.zeros(self._size, len(figures), dtype=self._outgoing.dtype)
-        own[self._rank] = figures
-        carried = (self._outgoing * own.view(-1)).sum()
+        total = sum(value.item() * weight for value, weight in part if weight)
         # DistributedDataParallel divides what it sums by the number of workers.
-        scales = [loss.new_tensor(scale), carried.new_tensor(float(self._size))]
-        torch.autograd.backward([loss, carried], scales)
+        own = [figure * self._size for figure in (total, *times)]
+        before = [0.0] * (len(own) * self._rank)
+        after = [0.0] * (len(own) * (self._size - self._rank - 1))
+        figures = self._outgoing.new_tensor(before + own + after)
+        torch.autograd.backward([loss, self._outgoing], [loss.new_tensor(scale), figures])
         self._outgoing = None
 
     def result(self) -> list[list[float]]:

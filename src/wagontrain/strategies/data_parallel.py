@@ -212,7 +212,7 @@ class DataParallelRunner(Runner):
         # What one sample counts for has to be known before the first backward, not before.
         counted = self._count_later(weights)
         total = float(batch.total)
-        loss_sum = torch.zeros((), device=self.context.world.device)
+        part: list[tuple[Tensor, float]] = []
         last = len(weights) - 1
         for number, (micro, weight) in enumerate(zip(batch.micro_batches, weights, strict=True)):
             with self._exchange(number == last):
@@ -220,15 +220,14 @@ class DataParallelRunner(Runner):
                 if number == 0 and counted is not None:
                     total = sum(row[0] for row in counted.result())
                     _require_weight(total, batch)
-                loss_sum = loss_sum + loss.detach() * weight if weight else loss_sum
+                part.append((loss, weight))
                 # DistributedDataParallel divides what it sums by the number of workers.
                 scale = weight / total * self.cut.size
                 if number < last:
                     loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
                 else:
                     self._ready = None
-                    figures = torch.stack([loss_sum, *self._times_before(loss_sum)])
-                    self._figures.backward(loss, scale, figures)
+                    self._figures.backward(loss, scale, part, self._times_before())
         marks.exchanged = self._clock.mark()
         marks.ready = self._ready or marks.exchanged
         rows = self._figures.result()
@@ -311,9 +310,8 @@ class DataParallelRunner(Runner):
             return None
         return self.context.gather_later([sum(weights)])
 
-    def _times_before(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        compute, exposed = (0.0, 0.0) if self._before is None else self._before.seconds()
-        return like.new_tensor(compute), like.new_tensor(exposed)
+    def _times_before(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self._before is None else self._before.seconds()
 
     def _exchange(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Exchange gradients with this backward, or only add them up."""
