@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.commands import TASK
 from tests.gang import Gang
 
 
@@ -14,6 +16,14 @@ def gang() -> Iterator[Gang]:
     shared = Gang()
     yield shared
     shared.stop()
+
+
+@pytest.fixture
+def task_file(tmp_path: Path) -> Path:
+    """A task file with a few tasks, good ones and bad ones."""
+    file = tmp_path / "job.py"
+    file.write_text(TASK)
+    return file
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

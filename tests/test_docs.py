@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_cli import ROOT, SCRIPTS, clean_environment
+from tests.commands import ROOT, SCRIPTS, clean_environment
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

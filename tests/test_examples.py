@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.test_cli import ROOT, clean_environment, wagontrain
+from tests.commands import ROOT, clean_environment, wagontrain
 
 EXAMPLES = ROOT / "examples"
 

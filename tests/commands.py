@@ -1,0 +1,143 @@
+"""The command line run in processes of its own, on a small task."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = Path(sys.executable).parent
+
+TASK = """
+import time
+from functools import partial
+import torch
+from torch import nn
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+import wagontrain as wt
+
+def make(**fields) -> wt.Task:
+    data = TensorDataset(torch.randn(64, 4), torch.randint(0, 2, (64,)))
+    return wt.Task(**dict(model=partial(nn.Linear, 4, 2), loss=F.cross_entropy,
+                   optimizer=partial(torch.optim.SGD, lr=0.1), train=data, batch_size=8) | fields)
+
+def task() -> wt.Task:
+    return make()
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.05)
+        return super().forward(x)
+
+def slow() -> wt.Task:
+    return make(model=partial(Slow, 4, 2), epochs=1000)
+
+class RaisesOnRankOne(nn.Linear):
+    def forward(self, x):
+        output = super().forward(x)
+        output.register_hook(self.look)
+        return output
+
+    def look(self, gradient):
+        import torch.distributed as dist
+        if dist.get_rank() == 1:
+            raise LookupError("only on rank one")
+
+def one_raises() -> wt.Task:
+    return make(model=partial(RaisesOnRankOne, 4, 2))
+
+class Wrong(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + self.bias * (torch.distributed.is_initialized() and 0.01)
+
+def wrong() -> wt.Task:
+    return make(model=partial(Wrong, 4, 2))
+
+class Float32(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.float())
+
+def insists() -> wt.Task:
+    return make(model=partial(Float32, 4, 2))
+
+def diverges() -> wt.Task:
+    return make(loss=lambda output, target: (output * 1e30).square().sum().exp())
+
+if __name__ == "__main__":
+    wt.fit(task, quiet=True, run_dir="from_script")
+"""
+
+
+def clean_environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+
+
+def wagontrain(*arguments: str, folder: Path, limit: float = 120) -> Any:
+    """Run the command to its end, in `folder`."""
+    return subprocess.run(
+        [SCRIPTS / "wagontrain", *arguments], cwd=folder, timeout=limit, text=True,
+        capture_output=True, env=clean_environment(), check=False,
+    )  # fmt: skip
+
+
+class Running:
+    """A run under way in processes of its own, ended at the latest with the test."""
+
+    def __init__(self, task_file: Path, workers: int = 2) -> None:
+        self.folder = task_file.parent / "slow-run"
+        self.process = subprocess.Popen(
+            [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", str(workers),
+             "--run-dir", str(self.folder)],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        limit = time.monotonic() + 60
+        events = self.folder / "events.jsonl"
+        while not (events.exists() and '"step": 3' in events.read_text()):
+            assert time.monotonic() < limit, "the run did not begin"
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.1)
+        self.workers = self.children()
+        assert len(self.workers) == workers
+
+    def children(self) -> dict[int, int]:
+        """Process of each rank."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            parent = f"{self.process.pid}".encode()
+            if b"wagontrain.worker" in command and self._parent(folder) == parent:
+                rank = next(item for item in variables if item.startswith(b"RANK="))
+                found[int(rank[5:])] = int(folder.name)
+        return found
+
+    @staticmethod
+    def _parent(folder: Path) -> bytes:
+        return (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
+
+    def end(self, within: float) -> tuple[str, str]:
+        """What it printed by its end, which has to come in time and leave nothing running."""
+        out, err = self.process.communicate(timeout=within)
+        limit = time.monotonic() + within
+        while any(Path(f"/proc/{child}").exists() for child in self.workers.values()):
+            assert time.monotonic() < limit, "a worker is left running"
+            time.sleep(0.1)
+        return out, err
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.communicate()
