@@ -8,6 +8,7 @@ import torch
 
 from tests.commands import TASK
 from tests.gang import Gang
+from wagontrain.testbed.bed import why_not
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,7 @@ def task_file(tmp_path: Path) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("testbed"):
+        problem = why_not()
+        if problem:
+            pytest.skip(problem)

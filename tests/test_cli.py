@@ -10,6 +10,7 @@ import pytest
 
 from wagontrain import cli
 
+
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: str) -> str:
     """The one line that a request is refused with, after checking that it is one line."""
     monkeypatch.setattr(sys, "argv", ["wagontrain", *arguments])

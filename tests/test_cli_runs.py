@@ -15,6 +15,7 @@ import pytest
 
 from tests.commands import SCRIPTS, TASK, Running, clean_environment, wagontrain
 
+
 def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path: Path) -> None:
     summaries = []
     for workers in ("1", "2"):

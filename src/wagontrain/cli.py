@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
+from wagontrain import cli_testbed
 from wagontrain import verify as verification
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
 from wagontrain.jobs import start
@@ -25,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(cli_testbed.app, name="testbed")
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]

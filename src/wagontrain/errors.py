@@ -4,6 +4,7 @@
     ├── UsageError          the request cannot be honoured; nothing was started     exit status 2
     │   └── TaskError       ... because of what the task says
     ├── StoppedError        the user stopped it                                     exit status 130
+    ├── TestBedError        the kernel refused something a test bed needs           exit status 1
     └── TrainingError       training began and could not go on                      exit status 1
         ├── ModelError      the user's model or loss failed on a batch
         ├── LossError       the loss is not a finite number
@@ -39,6 +40,12 @@ class StoppedError(WagontrainError):
     """The user stopped it, by Ctrl-C on the command line."""
 
     exit_status = 130
+
+
+class TestBedError(WagontrainError):
+    """A test bed could not be made, changed or taken down."""
+
+    __test__ = False  # pytest takes a class of this name for tests
 
 
 class TrainingError(WagontrainError):
