@@ -16,16 +16,19 @@ import torch.distributed as dist
 import wagontrain as wt
 from wagontrain import launch
 from wagontrain.launch import Failure, Place, cause, place_from_environment, start_workers
-from wagontrain.rendezvous import LoopbackRendezvous
+from wagontrain.launch.place import threads_per_worker
+from wagontrain.launch.rendezvous import LoopbackRendezvous
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def test_the_place_that_torchrun_gives() -> None:
     assert place_from_environment({}) is None
-    assert place_from_environment(TORCHRUN) == Place(1, 4, 1, 4)
+    assert place_from_environment(TORCHRUN) == Place(1, 4, 1, 4, "127.0.0.1", 29500)
     local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
-    assert place_from_environment(TORCHRUN | local) == Place(1, 4, 0, 2)
+    assert place_from_environment(TORCHRUN | local) == Place(1, 4, 0, 2, "127.0.0.1", 29500)
+    held = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    assert place_from_environment(TORCHRUN | held) == Place(1, 4, 1, 4, "127.0.0.1", 29500, True)
 
 
 @pytest.mark.parametrize(
@@ -47,14 +50,14 @@ def test_half_an_environment_is_refused(changes: dict[str, Any], message: str) -
 
 
 def test_cores_are_divided_among_local_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "cores", lambda: 8)
+    monkeypatch.setattr("wagontrain.launch.place.cores", lambda: 8)
     here = Place(0, 4, 0, 4)
-    assert launch.threads_per_worker(here, {}) == 2
-    assert launch.threads_per_worker(Place(0, 16, 0, 16), {}) == 1
-    assert launch.threads_per_worker(here, {"OMP_NUM_THREADS": "3"}) == 3
-    assert launch.threads_per_worker(here, {"OMP_NUM_THREADS": "1"}) == 1
+    assert threads_per_worker(here, {}) == 2
+    assert threads_per_worker(Place(0, 16, 0, 16), {}) == 1
+    assert threads_per_worker(here, {"OMP_NUM_THREADS": "3"}) == 3
+    assert threads_per_worker(here, {"OMP_NUM_THREADS": "1"}) == 1
     torchrun = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
-    assert launch.threads_per_worker(here, torchrun) == 2
+    assert threads_per_worker(here, torchrun) == 2
 
 
 def test_more_workers_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +162,7 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     """Even when the parent is killed and can tell nobody."""
     program = (
-        "import os, time; from wagontrain import launch; launch._end_with(os.getppid());"
+        "import os, time; from wagontrain.launch import local; local._end_with(os.getppid());"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"

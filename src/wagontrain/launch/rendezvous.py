@@ -29,7 +29,8 @@ def store_at(address: str, port: int, timeout: timedelta, host: bool) -> TCPStor
     """
     if not host:
         return TCPStore(address, port, timeout=timeout, wait_for_workers=False)
-    listener = socket.create_server((address, port))
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, port), family=family)
     # The store takes the listening socket over, and closes it when it goes.
     return TCPStore(
         address,

@@ -1,0 +1,33 @@
+"""Starting processes, finding one's place among them, and ending all when one ends.
+
+cores       how many CPU cores there are for it
+place       where am I? torchrun's variables, Slurm's, or what a launcher says
+network     which of this host's addresses the others can reach
+meeting     the ranks meet, and part
+rendezvous  the store where they meet
+local       processes on this machine
+failure     why workers ended, and which of it was the cause
+"""
+
+from wagontrain.launch.cores import cores
+from wagontrain.launch.failure import Failure, cause
+from wagontrain.launch.local import start_workers, work, worker_command
+from wagontrain.launch.meeting import WAIT, Terms, join, leave, meet
+from wagontrain.launch.place import Place, device_for, place_from_environment
+
+__all__ = [
+    "WAIT",
+    "Failure",
+    "Place",
+    "Terms",
+    "cause",
+    "cores",
+    "device_for",
+    "join",
+    "leave",
+    "meet",
+    "place_from_environment",
+    "start_workers",
+    "work",
+    "worker_command",
+]
