@@ -15,6 +15,7 @@ from wagontrain import cli_testbed
 from wagontrain import verify as verification
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
 from wagontrain.jobs import start
+from wagontrain.launch import Terms
 from wagontrain.progress import Progress
 from wagontrain.registry import discover, make_strategy
 from wagontrain.task import load_task
@@ -54,6 +55,12 @@ def run(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run's files go; default a new one in runs/.")
     ] = None,
+    interface: Annotated[
+        str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
+    ] = 30.0,
 ) -> None:
     """Train the task in FILE."""
     chosen = make_strategy(strategy, _settings(settings))
@@ -68,6 +75,7 @@ def run(
             task_file=file,
             label=Path(file.partition(":")[0]).stem,
             display=Progress(Console()),
+            terms=Terms(interface, patience),
         )
 
 

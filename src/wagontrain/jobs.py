@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from wagontrain import launch
 from wagontrain.errors import UsageError, WorkerError
 from wagontrain.events import Sink
 from wagontrain.folder import RunFolder
-from wagontrain.launch import Failure, Place
+from wagontrain.launch import Failure, Place, Terms
 from wagontrain.mesh import World
 from wagontrain.progress import Follower, Progress, result_lines
 from wagontrain.registry import make_strategy
@@ -32,6 +33,7 @@ from wagontrain.trainer import Run, train
 from wagontrain.transport import Context
 
 MOST_WORKERS_PER_CORE = 32
+_TERMS = Terms()
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def fit(
     run_dir: str | Path | None = None,
     steps: int | None = None,
     quiet: bool = False,
+    interface: str | None = None,
+    patience: float = 30.0,
 ) -> Result:
     """Train a task.
 
@@ -134,6 +138,9 @@ def fit(
         run_dir: where the run's files go; a new folder in `runs/` where not given.
         steps: stop after so many steps.
         quiet: show nothing.
+        interface: network interface to talk to other hosts by; where not given the one that
+            leads to the master.
+        patience: seconds of silence after which a worker counts as lost.
 
     Raises:
         UsageError: the request cannot be honoured; nothing was started.
@@ -143,7 +150,7 @@ def fit(
     label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return start(
         task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label,
-        display=None if quiet else Progress(Console()),
+        display=None if quiet else Progress(Console()), terms=Terms(interface, patience),
     )  # fmt: skip
 
 
@@ -158,6 +165,7 @@ def start(
     task_file: str | None = None,
     label: str = "run",
     display: Progress | None = None,
+    terms: Terms = _TERMS,
 ) -> Result:
     """Train a task here, or in processes of this machine; see `fit`."""
     place = launch.place_from_environment()
@@ -176,12 +184,20 @@ def start(
     strategy.check(task, World(size=count))
     if place is not None or count == 1:
         with _one_voice(place) as voice:
-            return _train_here(task, strategy, place, run_dir, label, steps, display, voice)
+            folder = RunFolder.create(run_dir, label) if not place or place.rank == 0 else None
+            terms = replace(terms, stacks=folder.path / "stacks" if folder else None)
+            try:
+                voice.context = launch.join(place, terms)
+            except UsageError:
+                if folder:
+                    folder.discard()
+                raise
+            return _train_here(task, strategy, voice.context, folder, steps, display)
     del task  # its data would be held here as long as the workers train
     folder = RunFolder.create(run_dir, label)
     job = Job(
         "train", strategy.name, strategy.settings, dict(overrides or {}), task_file,
-        str(folder.path), {"steps": steps},
+        str(folder.path), {"steps": steps, "patience": terms.patience},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
     try:
@@ -225,10 +241,17 @@ def run_job(job: Job, source: TaskSource, strategy: Strategy, workers: int, logs
 
 def train_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "train"."""
-    context = launch.join(place)
-    task, strategy = job.load(folder)
     assert job.run_dir is not None
     keep = RunFolder(Path(job.run_dir))
+    rank = place.rank if place else 0
+    terms = Terms(
+        patience=job.options["patience"],
+        last_resort=lambda error: Failure.of(rank, error).leave(folder),
+        stacks=keep.path / "stacks",
+    )
+    context = launch.join(place, terms)
+    with context.watch.doing("loading the task", patient=True):
+        task, strategy = job.load(folder)
     run = Run(task, strategy, context, keep, max_steps=job.options["steps"])
     with run:
         train(run)
@@ -241,6 +264,8 @@ def connect(
     *,
     run_dir: str | Path | None = None,
     sinks: Sequence[Sink] = (),
+    interface: str | None = None,
+    patience: float = 30.0,
 ) -> Run:
     """A run for a loop of one's own, in this process's place among torchrun's or alone.
 
@@ -254,13 +279,15 @@ def connect(
         strategy: name of a strategy, or one with settings.
         run_dir: where the run's files go; none are kept where not given.
         sinks: who takes the run's events on rank 0.
+        interface: network interface to talk to other hosts by.
+        patience: seconds of silence after which a worker counts as lost.
 
     Raises:
         UsageError: the request cannot be honoured.
     """
     chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
     built = make_task(task)
-    context = launch.join(launch.place_from_environment())
+    context = launch.join(launch.place_from_environment(), Terms(interface, patience))
     keep = run_dir is not None and context.world.rank == 0
     folder = RunFolder.create(run_dir, "run") if keep else None
     return Run(built, chosen, context, folder, sinks)
@@ -269,22 +296,17 @@ def connect(
 def _train_here(
     task: Task,
     strategy: Strategy,
-    place: Place | None,
-    run_dir: str | Path | None,
-    label: str,
+    context: Context,
+    folder: RunFolder | None,
     steps: int | None,
     display: Progress | None,
-    voice: _Voice,
 ) -> Result:
-    first = place is None or place.rank == 0
-    folder = RunFolder.create(run_dir, label) if first else None
-    context = voice.context = launch.join(place)
+    first = context.world.rank == 0
     sinks = [display] if display is not None and first else []
     try:
         run = Run(task, strategy, context, folder, sinks, steps)
         with run:
             summary = train(run)
-        where = context.gather_text(str(folder.path) if folder else "")[0]
         launch.leave(context)
     except Exception as error:
         if folder is not None:
@@ -295,7 +317,7 @@ def _train_here(
     finally:
         if display is not None:
             display.close()
-    result = Result(summary, Path(where))
+    result = Result(summary, Path(run.path))
     _show(result, display if first else None)
     return result
 
@@ -308,18 +330,19 @@ def _show(result: Result, display: Progress | None) -> None:
 
 @dataclass
 class _Voice:
-    """Who speaks when several ranks fail; the store to settle it is there once they have met."""
+    """Who speaks when several ranks fail; what settles it is there once they have met."""
 
     context: Context | None = None
 
     def is_first(self) -> bool:
-        """Whether no other rank has failed before; before they have met, each speaks."""
-        return self.context is None or self.context.first_to("fail")
+        """Whether no other rank of this host has failed before; each speaks before they met."""
+        deed = f"fail/{socket.gethostname()}"
+        return self.context is None or self.context.watch.first_to(deed)
 
 
 @contextlib.contextmanager
 def _one_voice(place: Place | None) -> Iterator[_Voice]:
-    """Under torchrun, let the rank that failed first speak and the others end quietly."""
+    """Under torchrun, let the first to fail on each host speak and the others end quietly."""
     voice = _Voice()
     if place is None or place.size == 1:
         yield voice

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from wagontrain.batches import Batch, Cut, MicroBatch
 from wagontrain.errors import LossError, ModelError, TaskError, WagontrainError
 from wagontrain.task import Task, call_model, describe, origin
-from wagontrain.transport import lost_peer
+from wagontrain.watch import lost_peer
 
 
 @dataclass(frozen=True)

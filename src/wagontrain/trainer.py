@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,18 @@ class Run:
         if max_steps is not None and max_steps < 1:
             raise UsageError(f"{max_steps} steps were asked for: give at least 1")
         strategy.check(task, context.world)
+        with context.watch.doing("setting up", patient=True):
+            self._set_up(task, strategy, context, folder, sinks, max_steps)
+
+    def _set_up(
+        self,
+        task: Task,
+        strategy: Strategy,
+        context: Context,
+        folder: RunFolder | None,
+        sinks: Sequence[Sink],
+        max_steps: int | None,
+    ) -> None:
         self.task = task
         self.strategy = strategy
         self.context = context
@@ -83,6 +96,9 @@ class Run:
         self.step_count = 0
         self.values: dict[str, float] = {}
         self._hosts = context.gather_text(socket.gethostname())
+        self.path = context.gather_text(str(self.folder.path.resolve()) if self.folder else "")[0]
+        if self.path:
+            context.watch.stacks = Path(self.path) / "stacks"
         own = self.folder.sinks() if self.folder else []
         self._events = Events([*own, *sinks] if context.world.rank == 0 else [])
         self._data_seconds = 0.0
@@ -115,7 +131,8 @@ class Run:
         self._epoch_loss = _Mean()
         while True:
             began = time.perf_counter()
-            batch = next(loaded, None)
+            with self.context.watch.doing(f"reading the data of step {self.step_count}"):
+                batch = next(loaded, None)
             self._data_seconds = time.perf_counter() - began
             if batch is None or batch.step >= self.steps:
                 return
@@ -128,7 +145,9 @@ class Run:
             TrainingError: the model failed, or the loss is not finite.
         """
         self._require_open()
-        report = self.runner.step(batch)
+        with self.context.watch.doing(f"in step {batch.step}"):
+            report = self.runner.step(batch)
+        self.context.watch.at(f"after step {batch.step}")
         self.step_count = batch.step + 1
         self._samples += report.samples
         self._training_seconds += report.seconds + self._data_seconds
@@ -162,17 +181,8 @@ class Run:
         if self.validation is None:
             return {}
         self._require_open()
-        names = ["loss", *self.task.metrics]
-        weight, sums = 0.0, dict.fromkeys(names, 0.0)
-        for batch in self.validation.epoch(0):
-            evaluation = self.runner.evaluate(batch)
-            weight += evaluation.weight
-            for name, value in evaluation.sums.items():
-                sums[name] += value
-        total, *totals = self.context.sum([weight, *(sums[name] for name in names)])
-        if total == 0:
-            raise ModelError("Task.weight is 0 for all validation data: a mean does not exist")
-        self.values = {name: value / total for name, value in zip(names, totals, strict=True)}
+        with self.context.watch.doing("in validation"):
+            self.values = self._measure(self.validation)
         self.context.sent.lap()  # not what a step sends
         self._events.send(
             "validation",
@@ -181,6 +191,19 @@ class Run:
             values=self.values,
         )
         return self.values
+
+    def _measure(self, validation: Batches) -> dict[str, float]:
+        names = ["loss", *self.task.metrics]
+        weight, sums = 0.0, dict.fromkeys(names, 0.0)
+        for batch in validation.epoch(0):
+            evaluation = self.runner.evaluate(batch)
+            weight += evaluation.weight
+            for name, value in evaluation.sums.items():
+                sums[name] += value
+        total, *totals = self.context.sum([weight, *(sums[name] for name in names)])
+        if total == 0:
+            raise ModelError("Task.weight is 0 for all validation data: a mean does not exist")
+        return {name: value / total for name, value in zip(names, totals, strict=True)}
 
     def due(self, epoch: int) -> bool:
         """Whether to check and save after this epoch: always after the last one.
@@ -193,11 +216,16 @@ class Run:
 
     def check_replicas(self) -> None:
         """Raise ReplicaError where tensors that must be equal on several ranks are not."""
-        self.runner.check_replicas()
+        with self.context.watch.doing("comparing its copy of the weights"):
+            self.runner.check_replicas()
         self.context.sent.lap()  # not what a step sends
 
     def save_weights(self) -> None:
         """Write the model's weights into the run directory; every rank has to call this."""
+        with self.context.watch.doing("writing the weights"):
+            self._save_weights()
+
+    def _save_weights(self) -> None:
         state = self.runner.state_dict()["model"]
         spoiled = not_finite(state)
         if spoiled:
@@ -212,7 +240,8 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """End the run: gather, write and return the summary, and let go of everything."""
         self._require_open()
-        summary = self._summary()
+        with self.context.watch.doing("ending"):
+            summary = self._summary()
         if self.folder is not None:
             self.folder.write_summary(summary)
         self._events.send("end", summary=summary)

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import Store
 
 from wagontrain.mesh import World
+from wagontrain.watch import Watch
 
-_TEXT_BYTES = 256
+_TEXT_BYTES = 1024
 _TCP_INFO_BYTES_SENT = 200  # offset of tcpi_bytes_sent in struct tcp_info (Linux 4.19 and later)
 
 
@@ -49,23 +49,14 @@ class Context:
         group: the process group strategies exchange over; None in a world of one.
         side: the process group for figures; None in a world of one.
         sent: what this process has sent.
-        store: the store at which the ranks met; None in a world of one.
+        watch: whether the other ranks are still there.
     """
 
     world: World = field(default_factory=World)
     group: dist.ProcessGroup | None = None
     side: dist.ProcessGroup | None = None
     sent: SentBytes = field(default_factory=lambda: SentBytes(talks=False))
-    store: Store | None = None
-
-    def first_to(self, deed: str) -> bool:
-        """Whether no rank has asked this for the same deed before. Waits for nobody."""
-        if self.store is None:
-            return True
-        try:
-            return bool(self.store.add(f"wagontrain/first-to/{deed}", 1) == 1)
-        except dist.DistError:  # the store has gone with the rank that held it
-            return True
+    watch: Watch = field(default_factory=Watch)
 
     def gather_later(self, figures: Sequence[float] | Tensor) -> Pending:
         """Start collecting every rank's figures (as float64); all ranks give equally many.
@@ -93,7 +84,7 @@ class Context:
         return [list(map(int, row)) for row in self._gather(local).result()]
 
     def gather_text(self, text: str) -> list[str]:
-        """Every rank's text, cut to 255 bytes of UTF-8. No pickle, unlike all_gather_object."""
+        """Every rank's text, cut to 1023 bytes of UTF-8. No pickle, unlike all_gather_object."""
         raw = text.encode()[: _TEXT_BYTES - 1].ljust(_TEXT_BYTES, b"\0")
         return [
             bytes(row).rstrip(b"\0").decode(errors="ignore")
@@ -148,38 +139,51 @@ class SentBytes:
 
     The sockets found at `refresh` are counted; `total` is then a few system calls. None where
     the kernel does not say (other than Linux). A process that talks to nobody counts nothing.
+    Sockets that are there when this object is made are others' and left alone.
     """
 
     def __init__(self, talks: bool = True) -> None:
         self._talks = talks
         self._sockets: dict[int, socket.socket] = {}
-        self._base = self._lap = 0
-        self.refresh()
-        self._base = self._count() or 0
+        self._others = {number for number, _ in self._open_sockets()}
+        self._lap = 0
 
     def refresh(self) -> None:
         """Find the TCP sockets that were opened since."""
+        for number, descriptor in self._open_sockets():
+            if number in self._others or number in self._sockets:
+                continue
+            with contextlib.suppress(OSError):  # closed meanwhile
+                copy = socket.socket(fileno=os.dup(descriptor))
+                if copy.type == socket.SOCK_STREAM and copy.family in _INTERNET:
+                    self._sockets[number] = copy
+                else:
+                    copy.close()
+
+    def _open_sockets(self) -> list[tuple[int, int]]:
+        """Inode and descriptor of every socket of this process."""
         folder = "/proc/self/fd"
         if not self._talks or not os.path.isdir(folder):
-            return
-        own = {sock.fileno() for sock in self._sockets.values()}
+            return []
+        found = []
         for name in os.listdir(folder):
-            descriptor = int(name)
-            if descriptor in own:
-                continue
             with contextlib.suppress(OSError):
-                status = os.fstat(descriptor)
-                if stat.S_ISSOCK(status.st_mode) and status.st_ino not in self._sockets:
-                    copy = socket.socket(fileno=os.dup(descriptor))
-                    if copy.type == socket.SOCK_STREAM and copy.family in _INTERNET:
-                        self._sockets[status.st_ino] = copy
-                    else:
-                        copy.close()
+                status = os.fstat(int(name))
+                if stat.S_ISSOCK(status.st_mode):
+                    found.append((status.st_ino, int(name)))
+        return found
+
+    def shut(self) -> None:
+        """Shut the connections, so that whoever waits on one gets an error instead."""
+        self.refresh()
+        for sock in self._sockets.values():
+            with contextlib.suppress(OSError):  # not connected: Gloo aborts if its listener goes
+                sock.getpeername()
+                sock.shutdown(socket.SHUT_RDWR)
 
     def total(self) -> int | None:
         """Bytes sent since this object was made."""
-        count = self._count()
-        return None if count is None else count - self._base
+        return self._count()
 
     def lap(self) -> int | None:
         """Bytes sent since the last lap, or since this object was made."""
@@ -233,19 +237,3 @@ class Stopwatch:
             return float(stop - start)
         stop.synchronize()
         return float(start.elapsed_time(stop)) / 1e3
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error of torch.distributed says that another rank cannot be reached."""
-    if isinstance(error, dist.DistError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(sign in text for sign in _LOST_PEER)
-
-
-_LOST_PEER = (
-    "gloo/transport",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-)

@@ -8,19 +8,20 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wagontrain.errors import TrainingError, UsageError, WagontrainError, WorkerError
-from wagontrain.transport import lost_peer
+from wagontrain.watch import lost_peer
 
 
 @dataclass(frozen=True)
 class Failure:
     """Why a worker ended, as it says itself.
 
-    kind: "usage", "training" (a message for the user), "crash" (an unexpected exception) or
-    "peer" (it lost contact with another rank, which is a consequence and not a cause).
+    kind: "usage", "training" (a message for the user), "crash" (an unexpected exception), "lost"
+    (it knows which other rank is lost) or "peer" (it lost contact with one, and does not know);
+    the last two are consequences and not causes.
     """
 
     rank: int
@@ -32,7 +33,9 @@ class Failure:
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """What `error` means for the job."""
-        if lost_peer(error):
+        if isinstance(error, WorkerError):
+            kind = "lost"
+        elif lost_peer(error):
             kind = "peer"
         elif isinstance(error, UsageError):
             kind = "usage"
@@ -48,6 +51,12 @@ class Failure:
         trace = "".join(traceback.format_exception(error))
         return cls(rank, kind, message, trace, time.time())
 
+    def leave(self, folder: Path) -> None:
+        """Leave this in a folder for the launching process."""
+        part = folder / f"failure-{self.rank}.part"
+        part.write_text(json.dumps(asdict(self)))
+        part.rename(part.with_suffix(".json"))
+
     @property
     def exit_status(self) -> int:
         """The exit status of a process that ends with this."""
@@ -57,6 +66,8 @@ class Failure:
         """The error to raise in the launching process."""
         if self.kind == "usage":
             return UsageError(prefix + self.message)
+        if self.kind == "lost":
+            return WorkerError(self.message)
         if self.kind == "training":
             return TrainingError(prefix + self.message)
         return TrainingError(f"worker rank {self.rank} failed:\n{self.traceback.rstrip()}")
@@ -82,7 +93,8 @@ def cause(
     """The error to raise for a job in which several workers ended: the first cause of all.
 
     A worker that was killed cannot say so, while its peers notice within milliseconds; so a
-    signal goes before losing contact with a peer. SIGTERM is what the agent sends to the rest.
+    signal goes before losing contact with a peer. SIGTERM is what the agent sends to the rest,
+    and SIGKILL what a stopped one gets after it.
 
     Args:
         codes: exit status of each rank that ended, negative for a signal, in the order in which
@@ -91,10 +103,13 @@ def cause(
         logs: folder of what they printed.
         early: ranks that ended with status 0 while others failed.
     """
-    own = sorted((item for item in failures if item.kind != "peer"), key=lambda item: item.time)
+    in_time = sorted(failures, key=lambda item: item.time)
+    own = [item for item in in_time if item.kind not in ("peer", "lost")]
+    lost = [item for item in in_time if item.kind == "lost"]
     seen = list(codes)
     killed = [rank for rank in seen if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]
-    if killed and not (own and seen.index(own[0].rank) < seen.index(killed[0])):
+    sayings = {item.rank for item in own + lost}
+    if killed and not any(rank in sayings for rank in seen[: seen.index(killed[0])]):
         rank = killed[0]
         name = signal.Signals(-codes[rank]).name
         hint = " (if nobody did that, the machine ran out of memory)" if name == "SIGKILL" else ""
@@ -105,6 +120,8 @@ def cause(
     if own:
         alike = len({item.message for item in own}) == 1 and len(own) == len(codes)
         return own[0].error("" if alike else f"rank {own[0].rank}: ")
+    if lost:
+        return lost[0].error()
     said = {failure.rank for failure in failures}
     silent = [rank for rank in seen if rank not in said]
     if silent:
@@ -123,8 +140,7 @@ def cause(
             f"worker rank {early[0]} ended early, with status 0, and the others lost it. What it "
             f"printed last, from {logs}:\n{last_words(logs, early[0])}"
         )
-    first = min(failures, key=lambda item: item.time)
-    return WorkerError(f"worker rank {first.rank} {first.message}")
+    return WorkerError(f"worker rank {in_time[0].rank} {in_time[0].message}")
 
 
 def last_words(logs: Path, rank: int, lines: int = 10) -> str:

@@ -6,7 +6,6 @@ They are started and watched by torch.distributed.run's agent.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -15,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from wagontrain.errors import WorkerError
@@ -44,9 +42,7 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
         job(place)
     except (Exception, SystemExit) as error:  # noqa: BLE001  the launching process reports it
         failure = Failure.of(place.rank if place else 0, error)
-        part = folder / f"failure-{failure.rank}.part"
-        part.write_text(json.dumps(asdict(failure)))
-        part.rename(part.with_suffix(".json"))
+        failure.leave(folder)
         return failure.exit_status
     return 0
 

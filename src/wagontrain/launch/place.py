@@ -28,6 +28,7 @@ class Place:
         address: of the host where the ranks meet.
         port: where they meet.
         held: whether the launcher holds the store there; otherwise rank 0 does.
+        attempt: how often the launcher has restarted the job.
     """
 
     rank: int = 0
@@ -37,6 +38,7 @@ class Place:
     address: str = "127.0.0.1"
     port: int = 0
     held: bool = False
+    attempt: int = 0
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -68,6 +70,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
             int(environment["MASTER_PORT"]),
             # torchrun's agent holds the store already.
             environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
         )
     except ValueError as error:
         raise UsageError(f"torchrun's variables in the environment are wrong: {error}") from error

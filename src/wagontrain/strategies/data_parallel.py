@@ -226,6 +226,7 @@ class DataParallelRunner(Runner):
                 if number < last:
                     loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
                 else:
+                    self.context.watch.at(f"in the exchange of step {batch.step}")
                     self._ready = None
                     self._figures.backward(loss, scale, part, self._times_before())
         marks.exchanged = self._clock.mark()
