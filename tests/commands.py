@@ -38,6 +38,9 @@ class Slow(nn.Linear):
 def slow() -> wt.Task:
     return make(model=partial(Slow, 4, 2), epochs=1000)
 
+def watched() -> wt.Task:
+    return make(epochs=2, validation=make().train)
+
 class RaisesOnRankOne(nn.Linear):
     def forward(self, x):
         output = super().forward(x)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wagontrain.errors import UsageError
-from wagontrain.mesh import equal_shares, proportional_shares, ranges, shares
+from wagontrain.mesh import balanced_shares, equal_shares, proportional_shares, ranges, shares
 
 
 @given(st.integers(1, 500), st.integers(1, 40))
@@ -45,3 +45,22 @@ def test_as_many_weights_as_workers() -> None:
 
 def test_ranges_follow_each_other() -> None:
     assert ranges([2, 0, 3], 4) == [range(4, 6), range(6, 6), range(6, 9)]
+
+
+@given(
+    st.integers(1, 5000),
+    st.lists(st.tuples(st.floats(0, 10), st.floats(1e-5, 10)), min_size=1, max_size=20),
+)
+def test_balanced_shares_let_all_end_together(count: int, costs: list[tuple[float, float]]) -> None:
+    found = balanced_shares(count, costs)
+    assert sum(found) == pytest.approx(count)
+    ends = [
+        fixed + each * share for share, (fixed, each) in zip(found, costs, strict=True) if share
+    ]
+    assert max(ends) == pytest.approx(min(ends))
+    idle = [fixed for share, (fixed, _) in zip(found, costs, strict=True) if not share]
+    assert all(fixed >= max(ends) * (1 - 1e-9) for fixed in idle)
+
+
+def test_a_rank_at_a_quarter_of_the_speed_gets_a_quarter() -> None:
+    assert balanced_shares(130, [(0, 1.0)] * 3 + [(0, 4.0)]) == pytest.approx([40, 40, 40, 10])

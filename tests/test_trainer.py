@@ -103,7 +103,7 @@ def test_a_run_leaves_its_files(gang: Gang, tmp_path: Path) -> None:
     assert set(summary) == {
         "strategy", "settings", "exact", "world_size", "hosts", "steps", "samples", "seconds",
         "samples_per_second", "train_loss", "validation", "bytes_sent_per_rank",
-        "peak_memory_per_rank", "predicted", "versions",
+        "peak_memory_per_rank", "predicted", "versions", "shares", "times_per_rank", "straggler",
     }  # fmt: skip
     assert (summary["world_size"], summary["steps"], summary["samples"]) == (2, 6, 36)
     assert len(summary["bytes_sent_per_rank"]) == len(summary["peak_memory_per_rank"]) == 2
@@ -150,7 +150,8 @@ def test_a_loop_of_ones_own() -> None:
     assert all(report.loss is not None and report.seconds > 0 for report in reports)
     assert summary["validation"] == values
     assert summary == outcome(Context(), lambda: task)[0] | {
-        key: summary[key] for key in ("seconds", "samples_per_second", "peak_memory_per_rank")
+        key: summary[key]
+        for key in ("seconds", "samples_per_second", "peak_memory_per_rank", "times_per_rank")
     }
 
 

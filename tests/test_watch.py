@@ -36,7 +36,12 @@ class Ranks:
     def start(self, count: int, patience: float = 1.5, size: int | None = None) -> list[RankWatch]:
         self.watches = [
             RankWatch(
-                rank, size or count, f"tb{rank}", self.connect, patience, self.last_words.append
+                rank,
+                size or count,
+                f"tb{rank}",
+                self.connect,
+                patience,
+                last_resort=self.last_words.append,
             )
             for rank in range(count)
         ]
@@ -159,7 +164,7 @@ def test_a_store_that_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
     said: list[WagontrainError] = []
     monkeypatch.setattr("wagontrain.watch._GRACE_SECONDS", 60)
-    watch = RankWatch(1, 2, "tb1", lambda: Mute(), 1.0, said.append)  # type: ignore[arg-type,return-value]
+    watch = RankWatch(1, 2, "tb1", lambda: Mute(), 1.0, last_resort=said.append)  # type: ignore[arg-type,return-value]
     until(lambda: watch._concluded.is_set())
     assert "the master cannot be reached from rank 1 on host tb1 for" in str(failing(watch, PEER))
     watch._stop.set()

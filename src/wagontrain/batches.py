@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ class Batch:
     """This rank's share of the global batch of one step.
 
     `step` counts from 0 over the whole training; `positions` are the places of the global
-    batch in the epoch's order, `mine` those of this rank.
+    batch in the epoch's order, `mine` those of this rank. `seconds` is how long this rank waited
+    for its part.
     """
 
     epoch: int
@@ -110,6 +112,7 @@ class Batch:
     positions: range
     mine: tuple[range, ...]
     micro_batches: tuple[MicroBatch, ...]
+    seconds: float = 0.0
 
     @property
     def total(self) -> int:
@@ -177,15 +180,18 @@ class Batches:
         indices = iter(parts)
         loaded = self._load(epoch, parts)
         for step, pieces in steps:
+            began = time.perf_counter()
+            micro_batches = tuple(
+                self._micro_batch(self._read(loaded, next(indices)), len(mine), len(piece))
+                for piece, mine in pieces
+            )
             yield Batch(
                 epoch=epoch,
                 step=epoch * self.order.steps + step,
                 positions=self.order.positions(step),
                 mine=tuple(mine for _, mine in pieces),
-                micro_batches=tuple(
-                    self._micro_batch(self._read(loaded, next(indices)), len(mine), len(piece))
-                    for piece, mine in pieces
-                ),
+                micro_batches=micro_batches,
+                seconds=time.perf_counter() - began,
             )
 
     def _read(self, loaded: Iterator[Any], indices: Tensor) -> Any:

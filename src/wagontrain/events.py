@@ -8,7 +8,7 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 | start      | task, strategy, settings, exact, world_size, hosts, devices, threads, epochs,  |
 |            | steps, batch_size, samples                                                      |
 | step       | step, epoch, samples, loss, seconds, data_seconds, sent                         |
-| times      | step, compute, exchange, waiting: one number per rank, exchange one for all     |
+| times      | step, compute, waiting, data: one number per rank; exchange: one for all        |
 | validation | epoch, step, values                                                             |
 | end        | summary                                                                         |
 | failed     | message                                                                         |

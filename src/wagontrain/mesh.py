@@ -65,6 +65,30 @@ def shares(count: int, parts: int, weights: Sequence[float] | None = None) -> li
     return proportional_shares(count, weights)
 
 
+def balanced_shares(count: int, costs: Sequence[tuple[float, float]]) -> list[float]:
+    """Shares of `count` items with which all ranks end at the same time.
+
+    A rank with n items takes fixed + n · each seconds; all take T where the shares add up:
+    n_k = (T - fixed_k) / each_k. Ranks whose fixed time alone is beyond T get nothing.
+
+    Args:
+        count: items to share.
+        costs: (fixed, each) of every rank in seconds, `each` above zero.
+    """
+    taking = set(range(len(costs)))
+    while True:
+        rate = sum(1 / costs[rank][1] for rank in taking)
+        spent = sum(costs[rank][0] / costs[rank][1] for rank in taking)
+        together = (count + spent) / rate
+        idle = {rank for rank in taking if costs[rank][0] >= together}
+        if not idle:
+            return [
+                (together - fixed) / each if rank in taking else 0.0
+                for rank, (fixed, each) in enumerate(costs)
+            ]
+        taking -= idle
+
+
 def ranges(sizes: Sequence[int], start: int = 0) -> list[range]:
     """Consecutive index ranges of the given sizes, the first beginning at `start`."""
     borders = itertools.accumulate(sizes, initial=start)

@@ -5,6 +5,7 @@ It takes events and nothing else, from the run in this process or from the run's
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,13 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
         per_step = max(sent) / max(summary["steps"], 1)
         lines.append(
             f"  travelled   {size(max(sent))} sent by each worker, {size(per_step)} a step"
+        )
+    if summary.get("straggler"):
+        lines += textwrap.wrap(
+            summary["straggler"],
+            76,
+            initial_indent="  straggler   ",
+            subsequent_indent=" " * 14,
         )
     lines.append(f"  memory      {size(max(summary['peak_memory_per_rank']))} at most in a worker")
     if folder is not None:

@@ -54,7 +54,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds that each rank spent on one step: computing, and in exchange not hidden by it.
+    """Seconds that each rank spent on one step: on computing, on exchange that computing did not
+    hide, and before it on waiting for its data.
 
     The rank that came last waited for nobody, so the shortest exchange is what the exchange
     itself takes, and what the others spent beyond that was waiting for slower ranks.
@@ -62,6 +63,7 @@ class StepTimes:
 
     compute: tuple[float, ...]
     exposed: tuple[float, ...]
+    data: tuple[float, ...]
 
     @property
     def exchange(self) -> float:

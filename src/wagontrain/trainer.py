@@ -23,6 +23,7 @@ from wagontrain.errors import LossError, ModelError, TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.objective import not_finite
+from wagontrain.stragglers import RankTimes
 from wagontrain.strategy import StepReport, Strategy
 from wagontrain.task import Task
 from wagontrain.transport import Context
@@ -105,6 +106,7 @@ class Run:
         self._training_seconds = 0.0
         self._samples = 0
         self._epoch_loss = _Mean()
+        self._times = RankTimes(self._hosts)
         self._began = time.perf_counter()
         self._announce()
         context.sent.refresh()
@@ -165,12 +167,14 @@ class Run:
             **({} if report.staleness is None else {"staleness": report.staleness}),
         )
         if report.before is not None:
+            self._times.add(report.before)
             self._events.send(
                 "times",
                 step=report.step - 1,
                 compute=report.before.compute,
                 exchange=report.before.exchange,
                 waiting=report.before.waiting,
+                data=report.before.data,
             )
         if self.step_count == 1:
             self.check_replicas()
@@ -307,6 +311,7 @@ class Run:
         sent = self.context.sent.total()
         rows = self.context.gather_integers([-1 if sent is None else sent, _peak_memory(self)])
         counted = all(row[0] >= 0 for row in rows)
+        straggler = self._times.straggler()
         return {
             "strategy": self.strategy.name,
             "settings": self.strategy.settings,
@@ -321,6 +326,9 @@ class Run:
             "validation": self.values,
             "bytes_sent_per_rank": [row[0] for row in rows] if counted else None,
             "peak_memory_per_rank": [row[1] for row in rows],
+            "shares": self.runner.cut.weights,
+            "times_per_rank": self._times.summary(),
+            "straggler": None if straggler is None else str(straggler),
             "predicted": None,
             "versions": {
                 "wagontrain": __version__,

@@ -84,6 +84,7 @@ class RankWatch(Watch):
         host: name of this host.
         connect: makes a connection to the store that nothing else uses.
         patience: seconds of silence after which a rank is lost.
+        holds: whether this process holds the store, so that it goes when this process ends.
         last_resort: what to do with the error when the training does not end by itself; the
             process ends after it.
     """
@@ -95,11 +96,13 @@ class RankWatch(Watch):
         host: str,
         connect: Callable[[], Store],
         patience: float,
+        holds: bool = False,
         last_resort: Callable[[WagontrainError], None] = _speak,
     ) -> None:
         self.rank, self.size, self.host = rank, size, host
         self.interval = min(1.0, patience / 10)
         self._connect = connect
+        self._holds = holds
         self._last_resort = last_resort
         self._roll = Roll(Limits(patience, _HASTY_SECONDS, _PATIENT_SECONDS))
         self._phase = _Phase("meeting the other ranks", time.monotonic(), False)
@@ -149,9 +152,11 @@ class RankWatch(Watch):
             WorkerError: some have not within so many seconds, or one that had come is lost.
         """
         limit = time.monotonic() + seconds
+        self.at("meeting the other ranks")
         while not self._all_here.wait(0.05):
             if self._concluded.is_set():
                 self._taken.set()
+                self._linger()
                 raise WorkerError(self._verdict)
             if time.monotonic() > limit:
                 here = self._ask(self._who_is_here) or []
@@ -188,6 +193,7 @@ class RankWatch(Watch):
         self._ask(lambda store: store.set("alarm", str(self.rank)))
         if not self._concluded.wait(3 * _HASTY_SECONDS):
             return None
+        self._linger()
         return WorkerError(self._verdict)
 
     def _confess(self, how: str) -> None:
@@ -195,6 +201,12 @@ class RankWatch(Watch):
         text = f"rank {self.rank} on host {self.host} {how}"
         self._taken.set()
         self._ask(lambda store: store.compare_set("verdict", "", text))
+        self._linger()
+
+    def _linger(self) -> None:
+        """Where the store goes with this process, leave the others time to read the verdict."""
+        if self._holds:
+            time.sleep(3 * self.interval)
 
     def _conclude(self, verdict: str) -> None:
         """End this rank's waiting: note where it stands, and shut what it waits on."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import time
 from functools import partial
 from typing import Any
 
@@ -42,9 +44,74 @@ def test_uneven_shares_change_nothing(gang: Gang, problem: str, shares: tuple[fl
     assert deviation(gang, 3, {"shares": shares}, problem, "momentum", "accumulate") < 1e-8
 
 
-@pytest.mark.parametrize("settings", [{"bucket_mb": 0.0001}, {"find_unused_parameters": True}])
+@pytest.mark.parametrize(
+    "settings", [{"bucket_mb": 0.0001}, {"find_unused_parameters": True}, {"balance": True}]
+)
 def test_settings_that_change_nothing(gang: Gang, settings: dict[str, Any]) -> None:
     assert deviation(gang, 2, settings, "conv-batch-norm") < 1e-8
+
+
+def balanced(context: Context) -> tuple[float, ...]:
+    class Slow(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            # Three times as slow on rank 1, by the sample.
+            time.sleep(len(inputs) * (6e-3 if context.world.rank == 1 else 2e-3))
+            return super().forward(inputs)
+
+    task = wt.Task(
+        model=lambda: Slow(3, 2), loss=F.cross_entropy,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        train=TensorDataset(torch.ones(64, 3), torch.zeros(64, dtype=torch.long)), batch_size=32,
+    )  # fmt: skip
+    run = wt.Run(task, DataParallel(balance=True), context)
+    for batch in run.batches():
+        run.step(batch)
+    summary = run.finish()
+    assert summary["straggler"] is None
+    assert run.runner.cut.weights is not None
+    assert summary["shares"] == run.runner.cut.weights
+    return run.runner.cut.weights
+
+
+def test_balance_gives_a_slow_worker_less(gang: Gang) -> None:
+    first, second = gang.run(2, balanced)
+    assert first == second
+    assert 2.5 < first[0] / first[1] < 3.5
+
+
+def straggling(context: Context) -> dict[str, Any]:
+    class Slow(nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            time.sleep(0.03 if context.world.rank == 1 else 0.01)
+            return super().forward(inputs)
+
+    task = wt.Task(
+        model=lambda: Slow(3, 2), loss=F.cross_entropy,
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        train=TensorDataset(torch.ones(64, 3), torch.zeros(64, dtype=torch.long)), batch_size=8,
+    )  # fmt: skip
+    run = wt.Run(task, DataParallel(), context)
+    for batch in run.batches():
+        run.step(batch)
+    return run.finish()
+
+
+def test_who_is_waited_for_is_named(gang: Gang) -> None:
+    """Though an exchange evens out what a whole step takes on each."""
+    for summary in gang.run(3, straggling):
+        found = re.fullmatch(
+            r"rank 1 on host .* is (\d\.\d)× slower; the others waited (\d+) % of the time for it",
+            summary["straggler"].replace("%", " %"),
+        )
+        assert found
+        assert 1.8 < float(found[1]) < 3.2
+        assert 40 < int(found[2]) < 75
+        assert summary["times_per_rank"][1]["own_seconds"] > 0.2
+
+
+def test_balance_and_shares_are_one_too_many() -> None:
+    with pytest.raises(wt.UsageError, match="give one of them"):
+        DataParallel(balance=True, shares=(1.0, 2.0))
 
 
 @pytest.mark.parametrize("compression", ["bf16", "fp16", "powersgd"])

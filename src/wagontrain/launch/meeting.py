@@ -99,6 +99,7 @@ def _watch(place: Place, terms: Terms, connect: Callable[[], Store]) -> RankWatc
         socket.gethostname(),
         connect,
         terms.patience,
+        place.rank == 0 and not place.held,
         *([terms.last_resort] if terms.last_resort else []),
     )
     watch.stacks = terms.stacks

@@ -24,7 +24,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,8 +37,9 @@ from wagontrain.batches import Batch, Batches, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
 from wagontrain.errors import ModelError, ReplicaError, UsageError
 from wagontrain.figures import CarriedFigures, Figures, GatheredFigures, WithSlots
-from wagontrain.mesh import World
+from wagontrain.mesh import World, balanced_shares
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
+from wagontrain.speed import step_cost
 from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task, trainable
 from wagontrain.transport import (
@@ -49,7 +50,8 @@ from wagontrain.transport import (
 )
 
 _TRIAL_SAMPLES = 8
-_FIGURES = 3  # this rank's part of the loss; seconds of computing and of exchange a step before
+# This rank's part of the loss; seconds of computing, of exchange and for data, a step before.
+_FIGURES = 4
 _BUCKET_MB = {"cuda": 25.0, "cpu": 5.0}
 
 # torch 2.13 renamed the argument and warns about the old name.
@@ -76,6 +78,7 @@ class DataParallel(Strategy):
     """
 
     shares: tuple[float, ...] | None = None
+    balance: bool = False
     bucket_mb: float | None = None
     compression: Literal["none", "bf16", "fp16", "powersgd"] = "none"
     powersgd_rank: int = 1
@@ -87,6 +90,8 @@ class DataParallel(Strategy):
     def __post_init__(self) -> None:
         if self.bucket_mb is not None and not 0 < self.bucket_mb < math.inf:
             raise UsageError(f"bucket_mb is {self.bucket_mb}: give a number above 0")
+        if self.balance and self.shares is not None:
+            raise UsageError("shares were given and balance finds its own: give one of them")
         if self.powersgd_rank < 1:
             raise UsageError(f"powersgd_rank is {self.powersgd_rank}: give 1 or more")
 
@@ -112,6 +117,12 @@ class DataParallel(Strategy):
 
     def setup(self, task: Task, context: Context) -> DataParallelRunner:
         """Build the model on every worker and join the copies with DistributedDataParallel."""
+        if self.balance and context.world.size > 1:
+            costs = [
+                (row[0], row[1]) for row in context.gather(step_cost(task, context.world.device))
+            ]
+            shares = tuple(balanced_shares(task.batch_size, costs))
+            return DataParallelRunner(replace(self, balance=False, shares=shares), task, context)
         return DataParallelRunner(self, task, context)
 
 
@@ -206,7 +217,7 @@ class DataParallelRunner(Runner):
         began = time.perf_counter()
         if not self.model.training:
             self.model.train()
-        marks = _Marks(self._clock)
+        marks = _Marks(self._clock, batch.seconds)
         self.update.begin()
         weights = [self.objective.weight(micro) for micro in batch.micro_batches]
         # What one sample counts for has to be known before the first backward, not before.
@@ -237,7 +248,8 @@ class DataParallelRunner(Runner):
         marks.stop = self._clock.mark()
         before = None
         if self._before is not None:
-            before = StepTimes(tuple(row[1] for row in rows), tuple(row[2] for row in rows))
+            compute, exposed, data = list(zip(*rows, strict=True))[1:]
+            before = StepTimes(compute, exposed, data)
         self._before = marks
         return StepReport(
             step=batch.step,
@@ -311,8 +323,8 @@ class DataParallelRunner(Runner):
             return None
         return self.context.gather_later([sum(weights)])
 
-    def _times_before(self) -> tuple[float, float]:
-        return (0.0, 0.0) if self._before is None else self._before.seconds()
+    def _times_before(self) -> tuple[float, float, float]:
+        return (0.0, 0.0, 0.0) if self._before is None else self._before.seconds()
 
     def _exchange(self, now: bool) -> contextlib.AbstractContextManager[None]:
         """Exchange gradients with this backward, or only add them up."""
@@ -326,6 +338,7 @@ class _Marks:
     """Times of one step on the device: begin, last local gradient, end of exchange, end."""
 
     clock: Stopwatch
+    data: float
     start: Any = None
     ready: Any = None
     exchanged: Any = None
@@ -334,10 +347,10 @@ class _Marks:
     def __post_init__(self) -> None:
         self.start = self.clock.mark()
 
-    def seconds(self) -> tuple[float, float]:
-        """Seconds of computing, and of exchange that computing did not hide."""
+    def seconds(self) -> tuple[float, float, float]:
+        """Seconds of computing, of exchange that computing did not hide, and for data."""
         exposed = self.clock.between(self.ready, self.exchanged)
-        return self.clock.between(self.start, self.stop) - exposed, exposed
+        return self.clock.between(self.start, self.stop) - exposed, exposed, self.data
 
 
 def _bf16_hook(group, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations as text

@@ -278,6 +278,8 @@ class Bed:
 
     def _write_state(self) -> None:
         names = [f"{links.address(index)} tb{index}" for index in range(self.shape.hosts)]
+        # torch's store asks for names of addresses in the form of version 6 as well, and warns.
+        names += [f"::ffff:{name}" for name in names]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *names, ""]))
         state = {"shape": dataclasses.asdict(self.shape), "owner": self.owner}
         file = self.folder / "bed.json"

@@ -1,0 +1,182 @@
+"""Several hosts: what happens when one of them dies, hangs or is cut off. Needs a test bed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.commands import ROOT, SCRIPTS
+from tests.hosts import Child, Nursery
+from wagontrain.testbed.bed import Bed, Shape
+from wagontrain.testbed.run import run
+
+pytestmark = pytest.mark.testbed
+
+PATIENCE = 3.0
+ASKED = ("run", "job.py:watched", "--run-dir", "R", "--patience", str(PATIENCE))
+PHASES = {
+    "step": "in step 2",
+    "exchange": "in the exchange of step 2",
+    "validation": "in validation",
+    "checkpoint": "writing the weights",
+}
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery(3, rate="1gbit")
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def hosts(nursery: Nursery, task_file: Path) -> Iterator[Nursery]:
+    yield nursery
+    nursery.reset()
+
+
+def harm(hosts: Nursery, victim: int, child: Child, how: str) -> None:
+    if how == "cut":
+        hosts.bed.cut(victim)
+    else:
+        child.signal(signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+
+
+def wait_for(file: Path, seconds: float = 60) -> None:
+    limit = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < limit, f"no {file.name}"
+        time.sleep(0.05)
+
+
+def own_end(child: Child, how: str) -> None:
+    """The victim itself ends too: at once, or as soon as it can."""
+    if how == "stop":
+        child.signal(signal.SIGCONT)
+    status, said = child.end(within=25)
+    assert status == (-signal.SIGKILL if how == "kill" else 1), said
+    if how == "cut":
+        assert "cannot be reached from rank" in said or "has not been heard of" in said
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "cut"])
+@pytest.mark.parametrize(
+    ("phase", "victim"),
+    [("step", 1), ("exchange", 1), ("validation", 2), ("checkpoint", 1), ("step", 0)],
+)
+def test_a_lost_host_is_named(
+    hosts: Nursery, tmp_path: Path, how: str, phase: str, victim: int
+) -> None:
+    children = [
+        hosts.run(rank, 3, tmp_path, *ASKED, phase=PHASES[phase] if rank == victim else "")
+        for rank in range(3)
+    ]
+    wait_for(tmp_path / "reached")
+    time.sleep(1.5)  # until its pulse has said where it is
+    began = time.monotonic()
+    harm(hosts, victim, children[victim], how)
+    for rank, child in enumerate(children):
+        if rank == victim:
+            continue
+        status, said = child.end(within=25)
+        assert status == 1, said
+        lines = [line for line in said.splitlines() if line.startswith("wagontrain: ")]
+        assert len(lines) == 1, said
+        assert f"rank {victim} on host tb{victim} " in lines[0]
+        assert f"last seen {PHASES[phase]}" in lines[0]
+        assert "Traceback" not in said
+        stacks = (tmp_path / "R" / "stacks" / f"rank{rank}.txt").read_text()
+        assert "most recent call first" in stacks
+    # PATIENCE for the silence, a few beats to tell, 5 s for the main thread to end by itself.
+    assert time.monotonic() - began < PATIENCE + 12
+    own_end(children[victim], how)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "cut"])
+def test_a_host_lost_before_all_have_met_is_named(hosts: Nursery, tmp_path: Path, how: str) -> None:
+    first = hosts.run(0, 3, tmp_path, *ASKED)
+    second = hosts.run(1, 3, tmp_path, *ASKED, phase="meeting the other ranks")
+    wait_for(tmp_path / "reached")  # the third never comes
+    time.sleep(1.5)
+    harm(hosts, 1, second, how)
+    status, said = first.end(within=20)
+    assert status == 1
+    assert "rank 1 on host tb1 has not been heard of" in said
+    assert "last seen meeting the other ranks" in said
+    own_end(second, how)
+
+
+def test_an_error_on_one_host_is_told_on_all(hosts: Nursery, tmp_path: Path) -> None:
+    asked = ("run", "job.py:one_raises", "--run-dir", "R")
+    children = [hosts.run(rank, 3, tmp_path, *asked) for rank in range(3)]
+    said = [child.end(within=30) for child in children]
+    assert [status for status, _ in said] == [1, 1, 1]
+    assert "LookupError: only on rank one" in said[1][1]
+    for rank in (0, 2):
+        assert "wagontrain: rank" in said[rank][1]
+        assert "rank 1 on host tb1 failed: only on rank one" in said[rank][1]
+
+
+def test_a_wrong_interface_and_a_loopback_master_are_refused(
+    hosts: Nursery, tmp_path: Path
+) -> None:
+    asked = ("run", "job.py", "--run-dir", "R", "--interface", "eth9")
+    status, said = hosts.run(1, 3, tmp_path, *asked).end(within=20)
+    assert (status, said) == (
+        2,
+        "wagontrain: rank 1: no network interface 'eth9' on tb1; did you mean 'eth0'? "
+        "(known: eth0, lo)\n",
+    )
+    asked = ("run", "job.py", "--run-dir", "R", "--interface", "lo")
+    status, said = hosts.run(0, 3, tmp_path, *asked).end(within=20)
+    assert status == 2
+    assert "other hosts cannot reach" in said
+    assert not (tmp_path / "R").exists()
+
+
+def test_everybody_listens_on_the_chosen_address_only(hosts: Nursery, tmp_path: Path) -> None:
+    children = [
+        hosts.run(rank, 2, tmp_path, *ASKED, phase="in step 1" if rank == 1 else "")
+        for rank in range(2)
+    ]
+    wait_for(tmp_path / "reached")
+    for host, child in enumerate(children):
+        own = "".join(f"{part:02X}" for part in reversed((10, 77, 0, host + 1)))
+        listening = set()
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/{child.process}/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A":
+                    listening.add(fields[1].rpartition(":")[0])
+        assert listening == {own}
+
+
+def test_torchrun_on_four_nodes_trains_the_digits(tmp_path: Path) -> None:
+    command = (
+        f"{SCRIPTS}/torchrun --nnodes 4 --nproc-per-node 1 --node-rank $GROUP_RANK "
+        f"--master-addr $MASTER_ADDR --master-port $MASTER_PORT {ROOT}/examples/mnist.py"
+    )
+    lines: list[str] = []
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        with Bed.up(Shape(4, rate="1gbit")) as bed:
+            ended = run(bed, ["sh", "-c", command], say=lines.append, timeout=280)
+            used = bed.usage()
+    finally:
+        os.chdir(here)
+    assert ended.status == 0, lines
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.96
+    assert summary["hosts"] == ["tb0", "tb1", "tb2", "tb3"]
+    parameters = 61_706 * 4
+    floor = 2 * 3 / 4 * parameters * summary["steps"]
+    for host in used:
+        assert 0.9 * floor < host.bytes_sent < 1.1 * floor
