@@ -78,7 +78,8 @@ if __name__ == "__main__":
 
 
 def clean_environment() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return environment | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
 
 
 def wagontrain(*arguments: str, folder: Path, limit: float = 120) -> Any:

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +41,31 @@ class Nursery:
             assert nursery.stdout is not None
             assert nursery.stdout.readline() == "ready\n"
 
-    def run(self, host: int, size: int, folder: Path, *arguments: str, phase: str = "") -> Child:
+    def run(
+        self,
+        host: int,
+        size: int,
+        folder: Path,
+        *arguments: str,
+        phase: str = "",
+        environment: Mapping[str, str | None] | None = None,
+    ) -> Child:
         """Start `wagontrain ARGUMENTS` as the rank of a host in a job of so many.
 
         With `phase`, it writes its rank to a file `reached` when it comes to that phase, and
-        stays there.
+        stays there. `environment` replaces variables, or with None removes them.
         """
         nursery = self._nurseries[host]
         assert nursery.stdin is not None
         assert nursery.stdout is not None
-        environment = variables(self.bed, host, 0, 1) | {
-            "WORLD_SIZE": str(size), "MASTER_PORT": str(20_000 + len(self.children) // size),
+        changes = dict(environment or {})
+        usual = variables(self.bed, host, 0, 1) | {
+            # A port of its own for each job.
+            "WORLD_SIZE": str(size), "MASTER_PORT": str(20_000 + zlib.crc32(bytes(folder)) % 9_000),
         }  # fmt: skip
         request = {
-            "environment": environment, "folder": str(folder), "arguments": arguments,
-            "phase": phase,
+            "environment": usual | changes, "name": f"rank{host}", "folder": str(folder),
+            "arguments": arguments, "phase": phase,
         }  # fmt: skip
         nursery.stdin.write(json.dumps(request) + "\n")
         nursery.stdin.flush()
@@ -115,7 +127,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         folder = Path(request["folder"])
-        name = f"rank{request['environment']['RANK']}"
+        name = request["name"]
         with own_process:
             child = os.fork()
             if child == 0:
@@ -133,7 +145,10 @@ def _live(request: dict[str, Any], output: Path) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(request["environment"])
+    for key, value in request["environment"].items():
+        os.environ.pop(key, None)
+        if value is not None:
+            os.environ[key] = value
     os.chdir(request["folder"])
     sys.argv = ["wagontrain", *request["arguments"]]
     _stay_in(request["phase"], Path(request["folder"]) / "reached")

@@ -140,6 +140,26 @@ def test_a_wrong_interface_and_a_loopback_master_are_refused(
     assert not (tmp_path / "R").exists()
 
 
+def test_slurms_variables_are_enough(hosts: Nursery, tmp_path: Path) -> None:
+    torchruns = dict.fromkeys(
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    children = [
+        hosts.run(
+            rank, 3, tmp_path, "run", "job.py", "--run-dir", "R",
+            environment=torchruns | {
+                "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
+                "SLURM_NODEID": str(rank), "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "1",
+                "SLURM_STEP_NODELIST": "tb[0-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+            },
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    assert [child.end(within=30)[0] for child in children] == [0, 0, 0]
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["hosts"] == ["tb0", "tb1", "tb2"]
+
+
 def test_everybody_listens_on_the_chosen_address_only(hosts: Nursery, tmp_path: Path) -> None:
     children = [
         hosts.run(rank, 2, tmp_path, *ASKED, phase="in step 1" if rank == 1 else "")
