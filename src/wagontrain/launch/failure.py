@@ -78,6 +78,7 @@ def cause(
     failures: Sequence[Failure],
     logs: Path,
     early: Sequence[int] = (),
+    hosts: Mapping[int, str] | None = None,
 ) -> WagontrainError:
     """The error to raise for a job in which several workers ended: the first cause of all.
 
@@ -90,6 +91,7 @@ def cause(
         failures: what workers said.
         logs: folder of what they printed.
         early: ranks that ended with status 0 while others failed.
+        hosts: where the ranks are, if not on this machine.
     """
     own = sorted((item for item in failures if item.kind != "peer"), key=lambda item: item.time)
     seen = list(codes)
@@ -99,8 +101,8 @@ def cause(
         name = signal.Signals(-codes[rank]).name
         hint = " (if nobody did that, the machine ran out of memory)" if name == "SIGKILL" else ""
         return WorkerError(
-            f"worker rank {rank} was killed by {name}{hint}; the other workers were stopped. "
-            f"What it printed is in {logs / f'rank{rank}.log'}"
+            f"worker rank {rank}{_on(rank, hosts)} was killed by {name}{hint}; the other workers "
+            f"were stopped. What it printed is in {logs / f'rank{rank}.log'}"
         )
     if own:
         alike = len({item.message for item in own}) == 1 and len(own) == len(codes)
@@ -115,8 +117,8 @@ def cause(
             else f"ended with status {codes[rank]} without saying why"
         )
         return WorkerError(
-            f"worker rank {rank} {how}; the other workers were stopped. What it printed last, "
-            f"from {logs}:\n{last_words(logs, rank)}"
+            f"worker rank {rank}{_on(rank, hosts)} {how}; the other workers were stopped. What it "
+            f"printed last, from {logs}:\n{last_words(logs, rank)}"
         )
     if early:
         return WorkerError(
@@ -125,6 +127,10 @@ def cause(
         )
     first = min(failures, key=lambda item: item.time)
     return WorkerError(f"worker rank {first.rank} {first.message}")
+
+
+def _on(rank: int, hosts: Mapping[int, str] | None) -> str:
+    return f" on {hosts[rank]}" if hosts else ""
 
 
 def last_words(logs: Path, rank: int, lines: int = 10) -> str:

@@ -38,7 +38,7 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     one that caused the others.
     """
     place = place_from_environment()
-    _end_with(os.getppid(), folder)
+    end_with(os.getppid(), folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         job(place)
@@ -51,7 +51,7 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     return 0
 
 
-def _end_with(parent: int, folder: Path | None = None) -> None:
+def end_with(parent: int, folder: Path | None = None) -> None:
     """End this process at once when its parent has ended, however that happened.
 
     `folder`, which the parent can no longer remove, is removed.
