@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -120,7 +121,8 @@ def start_workers(folder: Path, workers: int, run: RunFolder, address: str | Non
     log = run.logs / "ray.log"
     with log.open("wb") as out:
         leader = subprocess.Popen(
-            [sys.executable, "-u", "-m", "wagontrain.ray_engine.leader", str(folder)],
+            [sys.executable, "-u", "-m", "wagontrain.ray_engine.leader", str(folder),
+             str(os.getpid())],
             stdin=subprocess.DEVNULL, stdout=out, stderr=out,
             start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
         )  # fmt: skip

@@ -1,11 +1,10 @@
-"""The process that leads the actors: `python -m wagontrain.ray_engine.leader JOB_FOLDER`.
+"""The process that leads the actors: `python -m wagontrain.ray_engine.leader JOB_FOLDER PARENT`.
 
 What it has to say at its end is in the job's folder; all else that it prints is Ray's.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,8 +39,8 @@ SILENT_SECONDS = 10.0
 
 def main() -> None:
     """Lead the job in the given folder to its end; the exit status is that of its outcome."""
-    folder = Path(sys.argv[1])
-    launch.end_with(os.getppid(), folder)
+    folder, parent = Path(sys.argv[1]), int(sys.argv[2])
+    launch.end_with(parent, folder)
     order = Order.read(folder)
     try:
         _connect(order)
@@ -133,7 +132,7 @@ class _Job:
         try:
             news: News = ray.get(reference)
         except RayError as error:
-            self.gone[rank] = type(error).__name__
+            self.gone[rank] = one_line(error)
             return
         for piece in news.pieces:
             copy.put(piece)
@@ -176,9 +175,8 @@ class _Job:
         host = self.members[rank].where.host
         how = self.gone.get(rank, f"no answer for {SILENT_SECONDS:.0f} s")
         return WorkerError(
-            f"worker rank {rank} on {host} is gone, its node or its actor ended or cannot be "
-            f"reached ({how}); the other workers were stopped. What it printed last is in "
-            f"{self.run.logs / f'rank{rank}.log'}"
+            f"the Ray actor of worker rank {rank} on {host} is gone ({how}); the other workers "
+            f"were stopped. What it printed is in {self.run.logs / f'rank{rank}.log'}"
         )
 
 

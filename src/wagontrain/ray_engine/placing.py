@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayError,
+)
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -162,6 +168,12 @@ def _end(actors: Sequence[Any]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The last line of what Ray says, which is the one that says what was wrong."""
+    """What Ray says, in a line: of a traceback the last."""
+    if isinstance(error, OutOfMemoryError):
+        return "Ray ended it because the node's memory was almost full"
+    if isinstance(error, ActorUnavailableError):
+        return "its node cannot be reached"
+    if isinstance(error, ActorDiedError):
+        return "its node is down" if "node has died" in str(error) else "its process ended"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
