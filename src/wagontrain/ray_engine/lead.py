@@ -150,15 +150,15 @@ def require_ray(address: str | None) -> None:
     Raises:
         UsageError: Ray is not installed, or the address is one of Ray Client.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError(
-            "--engine ray needs Ray, which is not installed: pip install 'wagontrain[ray]', here "
-            "and on all nodes"
-        )
     if address is not None and "://" in address:
         raise UsageError(
             f"--address {address}: Ray Client is not supported; start this on a machine of the "
             "cluster, and give the address of its head, such as 10.0.0.1:6379"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "--engine ray needs Ray, which is not installed: pip install 'wagontrain[ray]', here "
+            "and on all nodes"
         )
 
 
