@@ -162,7 +162,7 @@ def test_signal_handlers_are_put_back(tmp_path: Path) -> None:
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     """Even when the parent is killed and can tell nobody."""
     program = (
-        "import os, time; from wagontrain.launch import local; local._end_with(os.getppid());"
+        "import os, time; from wagontrain.launch import local; local.end_with(os.getppid());"
         "print(os.getpid(), flush=True); time.sleep(60)"
     )
     starter = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {program!r}])"

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from wagontrain import cli_testbed
 from wagontrain import verify as verification
+from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
 from wagontrain.jobs import start
 from wagontrain.launch import Terms
@@ -48,6 +49,10 @@ def run(
     ] = None,
     strategy: StrategyName = "data-parallel",
     settings: Settings = None,
+    engine: Annotated[str, typer.Option(help="What starts the workers: local or ray.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; default the one that Ray finds.")
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     batch_size: BatchSize = None,
@@ -64,6 +69,7 @@ def run(
 ) -> None:
     """Train the task in FILE."""
     chosen = make_strategy(strategy, _settings(settings))
+    starter = make_engine(engine, address)
     with _stoppable():
         start(
             load_task(file),
@@ -74,6 +80,7 @@ def run(
             overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
             task_file=file,
             label=Path(file.partition(":")[0]).stem,
+            engine=starter,
             display=Progress(Console()),
             terms=Terms(interface, patience),
         )

@@ -15,11 +15,11 @@ from typing import Any
 
 import cloudpickle
 import safetensors.torch
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from wagontrain import launch
+from wagontrain import launch, ray_engine
+from wagontrain.engines import Engine, Local, make_engine
 from wagontrain.errors import UsageError, WorkerError
 from wagontrain.events import Sink
 from wagontrain.folder import RunFolder
@@ -32,7 +32,6 @@ from wagontrain.task import Task, TaskSource, load_task, make_task
 from wagontrain.trainer import Run, train
 from wagontrain.transport import Context
 
-MOST_WORKERS_PER_CORE = 32
 _TERMS = Terms()
 
 
@@ -58,7 +57,7 @@ class Job:
         settings: its settings.
         overrides: fields of the task to replace.
         task_file: `FILE:NAME` to load the task from; None where task and strategy were pickled.
-        run_dir: the run's folder.
+        run_dir: the run's folder. Paths that are not absolute start at the job's own folder.
         options: what else the kind of job needs.
     """
 
@@ -70,8 +69,13 @@ class Job:
     run_dir: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path, source: TaskSource, strategy: Strategy) -> None:
+    def write(
+        self, folder: Path, source: TaskSource, strategy: Strategy, travels: bool = False
+    ) -> None:
         """Leave the job in a folder that only this user can read.
+
+        A job that travels to other hosts holds its Python files, too, and is told its paths as
+        they are in the folder.
 
         A task from a script or a notebook travels by cloudpickle, which takes functions and
         classes of `__main__` along; it goes to this user's own processes through this folder
@@ -88,13 +92,30 @@ class Job:
                     f"the task cannot be sent to worker processes ({error}): put it into a file "
                     "of its own and start it with `wagontrain run FILE`"
                 ) from error
-        content = {"job": self.__dict__, "path": sys.path}
+        job = self._carried(folder) if travels else self._in_place()
+        content = {"job": job.__dict__, "path": sys.path}
         (folder / "job.json").write_text(json.dumps(content))
+
+    def _in_place(self) -> Job:
+        file, colon, name = (self.task_file or "").partition(":")
+        return replace(
+            self,
+            task_file=f"{Path(file).absolute()}{colon}{name}" if file else None,
+            run_dir=str(Path(self.run_dir).absolute()) if self.run_dir else None,
+        )
+
+    def _carried(self, folder: Path) -> Job:
+        file, colon, name = (self.task_file or "").partition(":")
+        main = file or getattr(sys.modules["__main__"], "__file__", None)
+        ray_engine.carry(folder, Path(main).absolute() if main else None)
+        inside = f"{ray_engine.SOURCES}/{Path(file).name}{colon}{name}" if file else None
+        return replace(self, task_file=inside, run_dir=ray_engine.RUN)
 
     @classmethod
     def read(cls, folder: Path) -> Job:
         """The job in a folder."""
         content = json.loads((folder / "job.json").read_text())
+        sys.path.insert(0, str(folder / ray_engine.SOURCES))
         # What the launching process can import, its workers can: before anything is unpickled.
         sys.path.extend(entry for entry in content["path"] if entry not in sys.path)
         return cls(**content["job"])
@@ -103,7 +124,7 @@ class Job:
         """The task to train, and how."""
         if self.task_file is not None:
             strategy = make_strategy(self.strategy, self.settings)
-            return make_task(load_task(self.task_file), self.overrides), strategy
+            return make_task(load_task(str(folder / self.task_file)), self.overrides), strategy
         source, strategy = cloudpickle.loads((folder / "task.pkl").read_bytes())
         return make_task(source, self.overrides), strategy
 
@@ -122,6 +143,8 @@ def fit(
     workers: int | None = None,
     run_dir: str | Path | None = None,
     steps: int | None = None,
+    engine: str = "local",
+    address: str | None = None,
     quiet: bool = False,
     interface: str | None = None,
     patience: float = 30.0,
@@ -129,7 +152,8 @@ def fit(
     """Train a task.
 
     Under torchrun (or anything that sets its variables) this process takes its place among the
-    others. Elsewhere it trains here, or with `workers` > 1 in so many processes on this machine.
+    others. Elsewhere it trains here, or with `workers` > 1 in so many processes on this machine,
+    or on a Ray cluster.
 
     Args:
         task: a `Task`, or a function that returns one (called in every worker).
@@ -137,6 +161,8 @@ def fit(
         workers: processes; where not given one for each GPU, or one.
         run_dir: where the run's files go; a new folder in `runs/` where not given.
         steps: stop after so many steps.
+        engine: what starts the workers: "local" or "ray".
+        address: of the Ray cluster; where not given the one that Ray finds by itself.
         quiet: show nothing.
         interface: network interface to talk to other hosts by; where not given the one that
             leads to the master.
@@ -150,7 +176,8 @@ def fit(
     label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return start(
         task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label,
-        display=None if quiet else Progress(Console()), terms=Terms(interface, patience),
+        engine=make_engine(engine, address), display=None if quiet else Progress(Console()),
+        terms=Terms(interface, patience),
     )  # fmt: skip
 
 
@@ -164,25 +191,19 @@ def start(
     overrides: Mapping[str, Any] | None = None,
     task_file: str | None = None,
     label: str = "run",
+    engine: Engine | None = None,
     display: Progress | None = None,
     terms: Terms = _TERMS,
 ) -> Result:
-    """Train a task here, or in processes of this machine; see `fit`."""
+    """Train a task here, or in processes that an engine starts; see `fit`."""
+    engine = engine or Local()
     place = launch.place_from_environment()
-    if place is not None and workers not in (None, place.size):
-        raise UsageError(
-            f"{workers} workers were asked for in a job of {place.size} that torchrun started: "
-            "leave the number out"
-        )
-    count = place.size if place else max(1, torch.cuda.device_count())
-    if workers is not None:
-        count = workers
-    check_workers(count, place)
+    count = engine.count(workers, place)
     task = make_task(source, overrides)
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps were asked for: give at least 1")
     strategy.check(task, World(size=count))
-    if place is not None or count == 1:
+    if place is not None or (count == 1 and not engine.travels):
         with _one_voice(place) as voice:
             folder = RunFolder.create(run_dir, label) if not place or place.rank == 0 else None
             terms = replace(terms, stacks=folder.path / "stacks" if folder else None)
@@ -202,7 +223,7 @@ def start(
     display_ = display or Progress(Console(quiet=True))
     try:
         with Follower(display_, folder.events, folder.logs / "rank0.log"):
-            run_job(job, source, strategy, count, folder.logs)
+            run_job(job, source, strategy, count, folder, engine)
     except UsageError:
         folder.discard()
         raise
@@ -216,33 +237,24 @@ def start(
     return result
 
 
-def check_workers(count: int, place: Place | None) -> None:
-    """Refuse numbers of workers that make no sense on one machine.
-
-    Raises:
-        UsageError: fewer than one, or many more than there are cores.
-    """
-    if count < 1:
-        raise UsageError(f"{count} workers were asked for: give at least 1")
-    most = MOST_WORKERS_PER_CORE * launch.cores()
-    if place is None and count > most:
-        raise UsageError(
-            f"{count} workers were asked for on a machine with {launch.cores()} cores: each "
-            f"would be starved; use at most {most}, better {launch.cores()}"
-        )
-
-
-def run_job(job: Job, source: TaskSource, strategy: Strategy, workers: int, logs: Path) -> None:
-    """Run a job in `workers` processes of this machine, until all have ended well."""
+def run_job(
+    job: Job,
+    source: TaskSource,
+    strategy: Strategy,
+    workers: int,
+    run: RunFolder,
+    engine: Engine,
+) -> None:
+    """Run a job in `workers` processes, until all have ended well."""
     with job_folder() as folder:
-        job.write(folder, source, strategy)
-        launch.start_workers(launch.worker_command(folder), workers, folder, logs)
+        job.write(folder, source, strategy, engine.travels)
+        engine.run(folder, workers, run)
 
 
 def train_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "train"."""
     assert job.run_dir is not None
-    keep = RunFolder(Path(job.run_dir))
+    keep = RunFolder(folder / job.run_dir)
     rank = place.rank if place else 0
     terms = Terms(
         patience=job.options["patience"],

@@ -25,9 +25,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from wagontrain import launch
+from wagontrain.engines import Local, check_workers
 from wagontrain.errors import TrainingError, UsageError
 from wagontrain.folder import RunFolder
-from wagontrain.jobs import Job, check_workers, job_folder, run_job
+from wagontrain.jobs import Job, job_folder, run_job
 from wagontrain.launch import Place
 from wagontrain.mesh import World
 from wagontrain.reference import Trace, stretch, train_plainly
@@ -108,7 +109,7 @@ def verify(
     strategy.check(task, World(size=workers))
     del task
     with job_folder() as folder:
-        RunFolder.create(folder, "verify")
+        kept = RunFolder.create(folder, "verify")
         options = {"first_step": None, "steps": steps, "dtype": dtype}
 
         def trace(name: str, count: int, plainly: bool) -> tuple[Trace, dict[str, bool]]:
@@ -117,7 +118,7 @@ def verify(
                 str(folder), {**options, "name": name, "plainly": plainly},
             )  # fmt: skip
             try:
-                run_job(job, source, strategy, count, folder / "logs")
+                run_job(job, source, strategy, count, kept, Local())
             except TrainingError as error:
                 if dtype != "float64" or "dtype" not in str(error):
                     raise

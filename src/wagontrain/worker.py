@@ -1,4 +1,4 @@
-"""What each process runs that the agent starts: `python -m wagontrain.worker JOB_FOLDER`."""
+"""What each process runs that the agent starts: `python -m wagontrain.worker JOB_FOLDER PARENT`."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ JOBS = {"train": jobs.train_job, "trace": verify.trace_job}
 
 def main() -> None:
     """Run the job in the given folder and end the process with its status."""
-    folder = Path(sys.argv[1])
+    folder, parent = Path(sys.argv[1]), int(sys.argv[2])
 
     def run(place: Place | None) -> None:
         job = Job.read(folder)
         JOBS[job.kind](job, folder, place)
 
-    status = launch.work(folder, run)
+    status = launch.work(folder, parent, run)
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

@@ -10,8 +10,8 @@ failure     why workers ended, and which of it was the cause
 """
 
 from wagontrain.launch.cores import cores
-from wagontrain.launch.failure import Failure, cause
-from wagontrain.launch.local import start_workers, work, worker_command
+from wagontrain.launch.failure import Failure, cause, read_failures
+from wagontrain.launch.local import end_with, start_workers, work, worker_command
 from wagontrain.launch.meeting import WAIT, Terms, join, leave, meet
 from wagontrain.launch.place import Place, device_for, place_from_environment
 
@@ -23,10 +23,12 @@ __all__ = [
     "cause",
     "cores",
     "device_for",
+    "end_with",
     "join",
     "leave",
     "meet",
     "place_from_environment",
+    "read_failures",
     "start_workers",
     "work",
     "worker_command",

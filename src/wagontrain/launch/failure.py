@@ -89,6 +89,7 @@ def cause(
     failures: Sequence[Failure],
     logs: Path,
     early: Sequence[int] = (),
+    hosts: Mapping[int, str] | None = None,
 ) -> WagontrainError:
     """The error to raise for a job in which several workers ended: the first cause of all.
 
@@ -102,6 +103,7 @@ def cause(
         failures: what workers said.
         logs: folder of what they printed.
         early: ranks that ended with status 0 while others failed.
+        hosts: where the ranks are, if not on this machine.
     """
     in_time = sorted(failures, key=lambda item: item.time)
     own = [item for item in in_time if item.kind not in ("peer", "lost")]
@@ -114,8 +116,8 @@ def cause(
         name = signal.Signals(-codes[rank]).name
         hint = " (if nobody did that, the machine ran out of memory)" if name == "SIGKILL" else ""
         return WorkerError(
-            f"worker rank {rank} was killed by {name}{hint}; the other workers were stopped. "
-            f"What it printed is in {logs / f'rank{rank}.log'}"
+            f"worker rank {rank}{_on(rank, hosts)} was killed by {name}{hint}; the other workers "
+            f"were stopped. What it printed is in {logs / f'rank{rank}.log'}"
         )
     if own:
         alike = len({item.message for item in own}) == 1 and len(own) == len(codes)
@@ -132,8 +134,8 @@ def cause(
             else f"ended with status {codes[rank]} without saying why"
         )
         return WorkerError(
-            f"worker rank {rank} {how}; the other workers were stopped. What it printed last, "
-            f"from {logs}:\n{last_words(logs, rank)}"
+            f"worker rank {rank}{_on(rank, hosts)} {how}; the other workers were stopped. What it "
+            f"printed last, from {logs}:\n{last_words(logs, rank)}"
         )
     if early:
         return WorkerError(
@@ -141,6 +143,10 @@ def cause(
             f"printed last, from {logs}:\n{last_words(logs, early[0])}"
         )
     return WorkerError(f"worker rank {in_time[0].rank} {in_time[0].message}")
+
+
+def _on(rank: int, hosts: Mapping[int, str] | None) -> str:
+    return f" on {hosts[rank]}" if hosts else ""
 
 
 def last_words(logs: Path, rank: int, lines: int = 10) -> str:

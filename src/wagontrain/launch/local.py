@@ -29,14 +29,14 @@ GRACE_SECONDS = 5
 # --- the worker's end ---------------------------------------------------------------------------
 
 
-def work(folder: Path, job: Callable[[Place | None], None]) -> int:
-    """Run `job` as a worker that the agent started; returns the exit status.
+def work(folder: Path, parent: int, job: Callable[[Place | None], None]) -> int:
+    """Run `job` as a worker that process `parent` started; returns the exit status.
 
     The failure, if there is one, is left in `folder` for the launching process, which shows the
     one that caused the others.
     """
     place = place_from_environment()
-    _end_with(os.getppid(), folder)
+    end_with(parent, folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         job(place)
@@ -47,7 +47,7 @@ def work(folder: Path, job: Callable[[Place | None], None]) -> int:
     return 0
 
 
-def _end_with(parent: int, folder: Path | None = None) -> None:
+def end_with(parent: int, folder: Path | None = None) -> None:
     """End this process at once when its parent has ended, however that happened.
 
     `folder`, which the parent can no longer remove, is removed.
@@ -144,5 +144,6 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def worker_command(folder: Path) -> list[str]:
-    """The command that runs the job described in `folder` as a worker."""
-    return [sys.executable, "-u", "-m", "wagontrain.worker", str(folder)]
+    """The command that runs the job described in `folder` as a worker of this process."""
+    # Told who its parent is, it notices if the parent has ended before it could ask.
+    return [sys.executable, "-u", "-m", "wagontrain.worker", str(folder), str(os.getpid())]

@@ -1,0 +1,194 @@
+"""The launching end: a process that leads the actors, its time bounded, its outcome raised."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from wagontrain.errors import TrainingError, UsageError, WagontrainError, WorkerError
+from wagontrain.folder import RunFolder
+
+CONNECT_SECONDS = 30.0
+"""Longest wait for an answer from the cluster."""
+
+END_SECONDS = 20.0
+"""Time that the leader has to end the actors before it is ended itself."""
+
+CONNECTED = "connected"
+"""The file that says that the cluster has answered."""
+
+NO_TOKEN = (
+    "the Ray cluster does not take this user's token: set RAY_AUTH_MODE=token, and put the token "
+    "that the cluster was started with into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+)
+
+_REFUSED = "InvalidAuthToken"
+_TICK = 0.1
+_LAST_LINES = 10
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the leader has to know beside the job.
+
+    Args:
+        address: of the cluster; None for the one that Ray finds by itself.
+        workers: how many ranks.
+        run_dir: where the run's files go on this machine.
+        directory: the launching process's own.
+    """
+
+    FILE: ClassVar[str] = "ray.json"
+
+    address: str | None
+    workers: int
+    run_dir: str
+    directory: str
+
+    def write(self, folder: Path) -> None:
+        """Leave it in the job's folder."""
+        (folder / self.FILE).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Order:
+        """The order in a folder."""
+        return cls(**json.loads((folder / cls.FILE).read_text()))
+
+    @property
+    def place(self) -> str:
+        """Which cluster it is, for a message."""
+        return f"at {self.address}" if self.address else "that RAY_ADDRESS or this machine names"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The error that a job ended with, in a file."""
+
+    FILE: ClassVar[str] = "outcome.json"
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: WagontrainError) -> Outcome:
+        """What is to be raised for `error` in the launching process."""
+        kinds = (UsageError, WorkerError, TrainingError, WagontrainError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        return cls(kind.__name__, str(error))
+
+    def write(self, folder: Path) -> None:
+        """Leave it in the job's folder."""
+        part = folder / "outcome.part"
+        part.write_text(json.dumps(asdict(self)))
+        part.rename(folder / self.FILE)
+
+    @classmethod
+    def read(cls, folder: Path) -> WagontrainError | None:
+        """The error in a folder; None where none was left."""
+        file = folder / cls.FILE
+        if not file.exists():
+            return None
+        found = cls(**json.loads(file.read_text()))
+        kinds = (UsageError, WorkerError, TrainingError, WagontrainError)
+        kind = next(kind for kind in kinds if kind.__name__ == found.kind)
+        return kind(found.message)
+
+
+def start_workers(folder: Path, workers: int, run: RunFolder, address: str | None) -> None:
+    """Run the job in a folder on a Ray cluster, until all workers have ended well.
+
+    Args:
+        folder: of the job, which is sent to the nodes.
+        workers: how many, one actor for each.
+        run: where the run's files are copied to while they grow.
+        address: of the cluster; None for the one that Ray finds by itself.
+
+    Raises:
+        UsageError: no cluster answers, or it has not the resources; or what the worker that
+            failed first said.
+        TrainingError: likewise, or a worker is gone.
+        KeyboardInterrupt: Ctrl-C; the actors were ended first.
+    """
+    order = Order(address, workers, str(run.path.absolute()), str(Path.cwd()))
+    order.write(folder)
+    log = run.logs / "ray.log"
+    with log.open("wb") as out:
+        leader = subprocess.Popen(
+            [sys.executable, "-u", "-m", "wagontrain.ray_engine.leader", str(folder),
+             str(os.getpid())],
+            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
+        )  # fmt: skip
+    try:
+        _wait_for_cluster(leader, folder, order, log)
+        leader.wait()
+    finally:
+        _end(leader, connected=(folder / CONNECTED).exists())
+    error = Outcome.read(folder)
+    if error is not None:
+        raise error
+    if leader.returncode:
+        raise WorkerError(
+            f"the process that leads the Ray actors ended with status {leader.returncode}: the "
+            f"connection to the cluster was lost, or the like. What it printed last, from {log}:\n"
+            + "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+        )
+    if not log.stat().st_size:
+        log.unlink()
+
+
+def require_ray(address: str | None) -> None:
+    """Check what can be checked without a cluster.
+
+    Raises:
+        UsageError: Ray is not installed, or the address is one of Ray Client.
+    """
+    if address is not None and "://" in address:
+        raise UsageError(
+            f"--address {address}: Ray Client is not supported; start this on a machine of the "
+            "cluster, and give the address of its head, such as 10.0.0.1:6379"
+        )
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(
+            "--engine ray needs Ray, which is not installed: pip install 'wagontrain[ray]', here "
+            "and on all nodes"
+        )
+
+
+def _wait_for_cluster(
+    leader: subprocess.Popen[bytes], folder: Path, order: Order, log: Path
+) -> None:
+    """Wait until the cluster has answered, or the leader has ended by itself."""
+    limit = time.monotonic() + CONNECT_SECONDS
+    while not (folder / CONNECTED).exists() and leader.poll() is None:
+        # Ray tries a token that was refused again and again, and in the end does not say why.
+        if _REFUSED in log.read_text(errors="replace"):
+            raise UsageError(NO_TOKEN)
+        if time.monotonic() > limit:
+            raise UsageError(
+                f"the Ray cluster {order.place} did not answer within {CONNECT_SECONDS:.0f} s: "
+                "check the address with `ray status`, or start a cluster with `ray start --head`"
+            )
+        time.sleep(_TICK)
+
+
+def _end(leader: subprocess.Popen[bytes], connected: bool) -> None:
+    """End the leader, which ends the actors; where it does not, Ray ends them without it."""
+    if leader.poll() is not None:
+        return
+    if connected:
+        leader.terminate()
+    else:
+        leader.kill()  # it has made nothing yet, and Ray does not listen while it tries
+    try:
+        leader.wait(END_SECONDS)
+    except subprocess.TimeoutExpired:
+        leader.kill()
+        leader.wait()

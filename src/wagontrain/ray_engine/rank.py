@@ -1,0 +1,156 @@
+"""What an actor does on its node: it starts one worker process, and tells what becomes of it.
+
+The worker is the same as under the local engine. It is not the actor's own process, because
+PyTorch's data loading forks, which a process with Ray's threads in it does not survive unharmed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+from torch.distributed import TCPStore
+
+from wagontrain import launch
+from wagontrain.folder import RunFolder
+from wagontrain.launch import Failure
+from wagontrain.launch.rendezvous import store_at
+from wagontrain.ray_engine.mirror import Original, Piece
+from wagontrain.ray_engine.sources import RUN
+from wagontrain.version import __version__
+
+_TICK = 0.1
+
+
+def versions() -> dict[str, str]:
+    """The versions that have to be alike on all nodes."""
+    return {"wagontrain": __version__, "torch": torch.__version__.partition("+")[0]}
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where an actor is.
+
+    Args:
+        node: Ray's name of the node.
+        host: the node's own name.
+        address: by which the other nodes reach it.
+        gpus: the numbers or names of the GPUs that Ray gave the actor.
+        versions: of what is installed there.
+    """
+
+    node: str
+    host: str
+    address: str
+    gpus: list[str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class News:
+    """What has happened since the last time.
+
+    Args:
+        pieces: of the run's files.
+        status: the worker's exit status once it has ended and all its files have been sent,
+            negative for a signal; None before.
+        failure: what the worker said about its end.
+    """
+
+    pieces: list[Piece]
+    status: int | None = None
+    failure: Failure | None = None
+
+
+class Rank:
+    """The actor of one rank."""
+
+    def __init__(self) -> None:
+        self._store: TCPStore | None = None
+        self._folder: Path | None = None
+        self._original: Original | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
+
+    def where(self) -> Where:
+        """Where this is."""
+        return Where(
+            ray.get_runtime_context().get_node_id(),
+            socket.gethostname(),
+            ray.util.get_node_ip_address(),
+            [str(gpu) for gpu in ray.get_gpu_ids()],
+            versions(),
+        )
+
+    def hold_store(self, address: str) -> int:
+        """Hold the store where the ranks meet, at one address of this node; returns the port."""
+        self._store = store_at(address, 0, launch.WAIT, host=True)
+        return self._store.port
+
+    def begin(
+        self, job: Mapping[str, bytes], rank: int, variables: Mapping[str, str], directory: str
+    ) -> None:
+        """Start the worker.
+
+        Args:
+            job: the job's files.
+            rank: the worker's rank.
+            variables: of its environment, beside the node's.
+            directory: the launching process's own, which the worker takes if it is here too.
+        """
+        self._folder = Path(tempfile.mkdtemp(prefix="wagontrain-"))
+        for name, content in job.items():
+            file = self._folder / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+        run = RunFolder.create(self._folder / RUN, "ray")
+        self._original = Original(run.path)
+        settings = [f"{name}={value}" for name, value in variables.items()]
+        with (run.logs / f"rank{rank}.log").open("wb") as log:
+            self._worker = subprocess.Popen(
+                ["env", *settings, *launch.worker_command(self._folder)],
+                cwd=directory if Path(directory).is_dir() else self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def news(self, patience: float) -> News:
+        """What has happened since the last call; waits up to so many seconds for something."""
+        assert self._folder is not None
+        assert self._original is not None
+        assert self._worker is not None
+        limit = time.monotonic() + patience
+        while True:
+            status = self._worker.poll()  # before looking: it writes nothing afterwards
+            pieces = self._original.pieces()
+            if pieces:
+                return News(pieces)
+            if status is not None:
+                failures = launch.read_failures(self._folder)
+                return News([], status, failures[0] if failures else None)
+            if time.monotonic() > limit:
+                return News([])
+            time.sleep(_TICK)
+
+    def end(self) -> None:
+        """End the worker, if it has not ended, and remove what was put here."""
+        if self._worker is not None:
+            if self._worker.poll() is None:
+                os.killpg(self._worker.pid, signal.SIGKILL)  # with its data loaders
+            self._worker.wait()
+        if self._original is not None:
+            self._original.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._store = None

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("ray")
+
+from wagontrain.ray_engine.leader import variables
+from wagontrain.ray_engine.placing import members
+from wagontrain.ray_engine.rank import Where
+
+
+def test_ranks_of_a_node_are_neighbours_and_see_its_gpus() -> None:
+    where = [
+        Where(node, f"host-{node}", f"10.0.0.{node}", gpus, {})
+        for node, gpus in (("1", ["3"]), ("2", ["0"]), ("1", ["1"]))
+    ]
+    found = members(["a", "b", "c"], where)
+    assert [member.actor for member in found] == ["a", "c", "b"]
+    assert [(member.local_rank, member.local_size) for member in found] == [(0, 2), (1, 2), (0, 1)]
+    given = [variables(member, rank, 3, "10.0.0.1", 5) for rank, member in enumerate(found)]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == ["3,1", "3,1", "0"]
+    assert given[1] == {
+        "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "CUDA_VISIBLE_DEVICES": "3,1",
+    }  # fmt: skip
