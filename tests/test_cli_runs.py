@@ -51,9 +51,7 @@ def test_verify_passes_and_fails(task_file: Path, tmp_path: Path) -> None:
     assert "FAILED: not the training that one process would do" in bad.stdout
 
 
-def test_verify_in_float32_and_of_a_relaxed_strategy(
-    task_file: Path, tmp_path: Path
-) -> None:
+def test_verify_in_float32_and_of_a_relaxed_strategy(task_file: Path, tmp_path: Path) -> None:
     asked = f"{task_file}:insists"
     refused = wagontrain("verify", asked, folder=tmp_path)
     assert refused.returncode == 1
