@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -134,6 +135,11 @@ def start_workers(folder: Path, workers: int, run: RunFolder, address: str | Non
     error = Outcome.read(folder)
     if error is not None:
         raise error
+    if leader.returncode and not (folder / CONNECTED).exists():
+        raise UsageError(
+            f"Ray could not connect to the cluster {order.place} ({_reason(log)}): this machine "
+            "has to be a node of it; make it one by `ray start --address`, or go to one"
+        )
     if leader.returncode:
         raise WorkerError(
             f"the process that leads the Ray actors ended with status {leader.returncode}: the "
@@ -142,6 +148,12 @@ def start_workers(folder: Path, workers: int, run: RunFolder, address: str | Non
         )
     if not log.stat().st_size:
         log.unlink()
+
+
+def _reason(log: Path) -> str:
+    """What Ray's own code said before it ended the process."""
+    fatal = re.search(r"^\[[^\]]* C [^\]]*\] \S+ (.*)$", log.read_text(errors="replace"), re.M)
+    return fatal[1].strip() if fatal else "it did not say why"
 
 
 def require_ray(address: str | None) -> None:

@@ -7,11 +7,9 @@ PyTorch's data loading forks, which a process with Ray's threads in it does not 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from wagontrain.folder import RunFolder
 from wagontrain.launch import Failure
 from wagontrain.launch.rendezvous import store_at
 from wagontrain.ray_engine.mirror import Original, Piece
+from wagontrain.ray_engine.scratch import Scratch, sweep
 from wagontrain.ray_engine.sources import RUN
 from wagontrain.version import __version__
 
@@ -77,7 +76,7 @@ class Rank:
 
     def __init__(self) -> None:
         self._store: TCPStore | None = None
-        self._folder: Path | None = None
+        self._scratch: Scratch | None = None
         self._original: Original | None = None
         self._worker: subprocess.Popen[bytes] | None = None
 
@@ -107,18 +106,20 @@ class Rank:
             variables: of its environment, beside the node's.
             directory: the launching process's own, which the worker takes if it is here too.
         """
-        self._folder = Path(tempfile.mkdtemp(prefix="wagontrain-"))
+        sweep()
+        self._scratch = Scratch()
+        folder = self._scratch.path
         for name, content in job.items():
-            file = self._folder / name
+            file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-        run = RunFolder.create(self._folder / RUN, "ray")
+        run = RunFolder.create(folder / RUN, "ray")
         self._original = Original(run.path)
         settings = [f"{name}={value}" for name, value in variables.items()]
         with (run.logs / f"rank{rank}.log").open("wb") as log:
             self._worker = subprocess.Popen(
-                ["env", *settings, *launch.worker_command(self._folder)],
-                cwd=directory if Path(directory).is_dir() else self._folder,
+                ["env", *settings, *launch.worker_command(folder)],
+                cwd=directory if Path(directory).is_dir() else folder,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -127,7 +128,7 @@ class Rank:
 
     def news(self, patience: float) -> News:
         """What has happened since the last call; waits up to so many seconds for something."""
-        assert self._folder is not None
+        assert self._scratch is not None
         assert self._original is not None
         assert self._worker is not None
         limit = time.monotonic() + patience
@@ -137,7 +138,7 @@ class Rank:
             if pieces:
                 return News(pieces)
             if status is not None:
-                failures = launch.read_failures(self._folder)
+                failures = launch.read_failures(self._scratch.path)
                 return News([], status, failures[0] if failures else None)
             if time.monotonic() > limit:
                 return News([])
@@ -151,6 +152,6 @@ class Rank:
             self._worker.wait()
         if self._original is not None:
             self._original.close()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._scratch is not None:
+            self._scratch.remove()
         self._store = None
