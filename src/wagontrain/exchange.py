@@ -70,6 +70,11 @@ class Exchange:
                 arrived += waiting.pop().parameters
             yield arrived
 
+    def finish(self) -> None:
+        """Wait for all that is on its way: a process that ends meanwhile fails in its own ways."""
+        for sent in self._sent:
+            self._wait(sent)
+
     def _wait(self, sent: _Sent) -> None:
         began = time.perf_counter()
         for work in sent.works:

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wagontrain.batches import Batch, Batches, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
-from wagontrain.errors import ModelError, ReplicaError, UsageError
+from wagontrain.errors import LossError, ModelError, ReplicaError, UsageError
 from wagontrain.exchange import Exchange
 from wagontrain.figures import CarriedFigures, Figures, GatheredFigures, WithSlots
 from wagontrain.mesh import World
@@ -239,7 +239,12 @@ class DataParallelRunner(Runner):
         marks.exchanged = self._clock.mark()
         marks.ready = self._ready or marks.exchanged
         rows = self._figures.result()
-        require_finite([row[0] for row in rows], batch, self.cut, self.model)
+        try:
+            require_finite([row[0] for row in rows], batch, self.cut, self.model)
+        except LossError:
+            if self._sums is not None:
+                self._sums.finish()
+            raise
         if self._sums is None:
             self.update.apply()
         else:
