@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from wagontrain.exchange import Exchange
 from wagontrain.transport import Context, Pending
 
 Weighted = tuple[Tensor, float]
@@ -74,7 +75,15 @@ class WithSlots(nn.Module):
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
         self.model = model
-        self.slots = nn.Parameter(torch.zeros(count))
+        # After the model's parameters: buckets are filled from the last one, so that the figures
+        # leave first, and losses are known before the first gradient is used.
+        self._last = nn.ParameterList([torch.zeros(count)])
+
+    @property
+    def slots(self) -> Tensor:
+        """The extra parameter."""
+        slots: Tensor = self._last[0]
+        return slots
 
     def forward(self, *inputs: Any, **named: Any) -> tuple[Any, Tensor]:
         """The model's output, and the slots as a tensor to go backward from."""
@@ -82,13 +91,16 @@ class WithSlots(nn.Module):
 
 
 class CarriedFigures(Figures):
-    """Figures carried by the buckets of a DistributedDataParallel over `WithSlots`.
+    """Figures carried by the buckets of an `Exchange` over `WithSlots`.
 
     Stands in for the distributed model: calling it gives the model's own output.
     """
 
-    def __init__(self, distributed: DistributedDataParallel, rank: int, size: int) -> None:
+    def __init__(
+        self, distributed: DistributedDataParallel, exchange: Exchange, rank: int, size: int
+    ) -> None:
         self._distributed = distributed
+        self._exchange = exchange
         self._inner: WithSlots = distributed.module
         self._rank, self._size = rank, size
         self._outgoing: Tensor | None = None
@@ -104,8 +116,7 @@ class CarriedFigures(Figures):
         """Go backward from the loss and from the slots at once."""
         assert self._outgoing is not None
         total = sum(value.item() * weight for value, weight in part if weight)
-        # DistributedDataParallel divides what it sums by the number of workers.
-        own = [figure * self._size for figure in (total, *times)]
+        own = [total, *times]
         before = [0.0] * (len(own) * self._rank)
         after = [0.0] * (len(own) * (self._size - self._rank - 1))
         figures = self._outgoing.new_tensor(before + own + after)
@@ -113,7 +124,8 @@ class CarriedFigures(Figures):
         self._outgoing = None
 
     def result(self) -> list[list[float]]:
-        """What the buckets brought."""
+        """What the buckets brought; waits for the one that carries them."""
+        self._exchange.wait_for(self._inner.slots)
         gradient = self._inner.slots.grad
         assert gradient is not None
         rows: list[list[float]] = gradient.view(self._size, -1).tolist()

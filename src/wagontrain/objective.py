@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from wagontrain.batches import Batch, Cut, MicroBatch
@@ -36,6 +37,9 @@ class Update:
         self.scheduler = task.build_scheduler(self.optimizer)
         self.clip = task.clip_grad_norm
         self.parameters = [value for value in model.parameters() if value.requires_grad]
+        # Others may look at several parameters at once, or count their steps by themselves.
+        own = type(self.optimizer).__module__.startswith("torch.optim.")
+        self.in_parts = own and self.clip is None and not _hooked(self.optimizer)
 
     def begin(self) -> None:
         """Clear the gradients of the step before, or those that a model brought along.
@@ -45,16 +49,52 @@ class Update:
         """
         self.optimizer.zero_grad(set_to_none=True)
 
-    def apply(self) -> None:
-        """Update the parameters from their gradients."""
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
+    def apply(self, arrivals: Iterable[Sequence[Tensor]] = ()) -> None:
+        """Update the parameters from their gradients.
+
+        Args:
+            arrivals: parameters in the order in which their gradients are complete. Each is
+                updated at once where that is the same as all in one: torch's own optimizers
+                treat every parameter by itself. To clip, the whole gradient has to be there.
+        """
+        if self.in_parts:
+            self._step_in_parts(arrivals)
+        else:
+            for _ in arrivals:
+                pass
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.parameters, self.clip)
+            self.optimizer.step()
         if self.scheduler is not None:
             try:
                 self.scheduler.step()
             except ValueError as error:  # OneCycleLR past its end, say
                 raise ModelError(f"the scheduler cannot go on: {origin(error)}") from error
+
+    def _step_in_parts(self, arrivals: Iterable[Sequence[Tensor]]) -> None:
+        """Optimizers leave out parameters without gradient: the others' are put aside."""
+        held: dict[Tensor, Tensor] = {
+            value: value.grad for value in self.parameters if value.grad is not None
+        }
+        left = dict(held)
+        try:
+            for value in held:
+                value.grad = None
+            for arrived in arrivals:
+                here = [value for value in arrived if value in left]
+                for value in here:
+                    value.grad = left.pop(value)
+                if here:
+                    self.optimizer.step()
+                for value in here:
+                    value.grad = None
+            for value, gradient in left.items():
+                value.grad = gradient
+            if left or not held:
+                self.optimizer.step()
+        finally:
+            for value, gradient in held.items():
+                value.grad = gradient
 
     def state_dict(self) -> dict[str, Any]:
         """State of optimizer and scheduler."""
@@ -224,6 +264,12 @@ class Objective:
                 "return the mean over them, or one number for each"
             )
         return float(value.mean())
+
+
+def _hooked(optimizer: Optimizer) -> bool:
+    """Whether somebody asked to be called at every step of the optimizer."""
+    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    return any(getattr(optimizer, name, None) for name in names)
 
 
 def nothing(output: Any) -> Tensor:

@@ -107,8 +107,8 @@ def _counts_stand_ins(runner: Any) -> None:
 def _schedules_per_worker(runner: Any) -> None:
     apply = runner.update.apply
 
-    def twice() -> None:
-        apply()
+    def twice(*arrivals: Any) -> None:
+        apply(*arrivals)
         runner.update.scheduler.step()
 
     runner.update.apply = twice

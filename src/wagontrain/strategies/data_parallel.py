@@ -5,7 +5,8 @@
 
 Phases of a step: forward on the share; backward, in which DistributedDataParallel all-reduces
 each bucket of gradients as soon as it is full, while the backward of earlier layers goes on; the
-same update on every worker.
+same update on every worker, on the CPU of each bucket as it arrives, while others are on their
+way.
 
 Bytes sent per worker and step: 2 (N - 1) / N · P for P bytes of gradients and N workers.
 
@@ -35,7 +36,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wagontrain.batches import Batch, Batches, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
-from wagontrain.errors import ModelError, ReplicaError, UsageError
+from wagontrain.errors import LossError, ModelError, ReplicaError, UsageError
+from wagontrain.exchange import Exchange
 from wagontrain.figures import CarriedFigures, Figures, GatheredFigures, WithSlots
 from wagontrain.mesh import World, balanced_shares
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
@@ -142,6 +144,7 @@ class DataParallelRunner(Runner):
         self._participation = Participation()
         self._open = contextlib.ExitStack()
         self._distributed: DistributedDataParallel | None = None
+        self._sums: Exchange | None = None
         self._forward: Callable[..., Any] = self.model
         self._figures: Figures = GatheredFigures(context)
         if context.group is not None:
@@ -182,8 +185,9 @@ class DataParallelRunner(Runner):
         self._open.callback(first.register_post_accumulate_grad_hook(self._note_ready).remove)  # type: ignore[no-untyped-call]
         self._distributed = self._forward = distributed
         if carry:
+            self._sums = Exchange(distributed, group)
             self._forward = self._figures = CarriedFigures(
-                distributed, self.cut.rank, self.cut.size
+                distributed, self._sums, self.cut.rank, self.cut.size
             )
 
     def _unused_in_trial(self) -> list[str]:
@@ -232,19 +236,32 @@ class DataParallelRunner(Runner):
                     total = sum(row[0] for row in counted.result())
                     _require_weight(total, batch)
                 part.append((loss, weight))
-                # DistributedDataParallel divides what it sums by the number of workers.
-                scale = weight / total * self.cut.size
+                scale = weight / total
+                if self._sums is None:
+                    # DistributedDataParallel divides what it sums by the number of workers.
+                    scale *= self.cut.size
                 if number < last:
                     loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
                 else:
                     self.context.watch.at(f"in the exchange of step {batch.step}")
                     self._ready = None
+                    if self._sums is not None:
+                        self._sums.begin()
                     self._figures.backward(loss, scale, part, self._times_before())
         marks.exchanged = self._clock.mark()
         marks.ready = self._ready or marks.exchanged
         rows = self._figures.result()
-        require_finite([row[0] for row in rows], batch, self.cut, self.model)
-        self.update.apply()
+        try:
+            require_finite([row[0] for row in rows], batch, self.cut, self.model)
+        except LossError:
+            if self._sums is not None:
+                self._sums.finish()
+            raise
+        if self._sums is None:
+            self.update.apply()
+        else:
+            self.update.apply(self._sums.arrivals())
+            marks.waited = self._sums.waited
         marks.stop = self._clock.mark()
         before = None
         if self._before is not None:
@@ -303,7 +320,7 @@ class DataParallelRunner(Runner):
     def close(self) -> None:
         """Take batch norm and DistributedDataParallel off the model again."""
         self._open.close()
-        self._distributed, self._forward = None, self.model
+        self._distributed, self._sums, self._forward = None, None, self.model
 
     def _note_ready(self, parameter: Tensor) -> None:
         """Mark the time: the first parameter's gradient is the last to be ready."""
@@ -343,13 +360,14 @@ class _Marks:
     ready: Any = None
     exchanged: Any = None
     stop: Any = None
+    waited: float = 0.0
 
     def __post_init__(self) -> None:
         self.start = self.clock.mark()
 
     def seconds(self) -> tuple[float, float, float]:
         """Seconds of computing, of exchange that computing did not hide, and for data."""
-        exposed = self.clock.between(self.ready, self.exchanged)
+        exposed = self.clock.between(self.ready, self.exchanged) + self.waited
         return self.clock.between(self.start, self.stop) - exposed, exposed, self.data
 
 
