@@ -91,13 +91,23 @@ class WithSlots(nn.Module):
 
 
 class CarriedFigures(Figures):
-    """Figures carried by the buckets of an `Exchange` over `WithSlots`.
+    """Figures carried by the buckets of a DistributedDataParallel over `WithSlots`.
 
     Stands in for the distributed model: calling it gives the model's own output.
+
+    Args:
+        distributed: the model with slots.
+        exchange: what sums the buckets, if DistributedDataParallel does not do so itself.
+        rank: this rank.
+        size: how many there are.
     """
 
     def __init__(
-        self, distributed: DistributedDataParallel, exchange: Exchange, rank: int, size: int
+        self,
+        distributed: DistributedDataParallel,
+        exchange: Exchange | None,
+        rank: int,
+        size: int,
     ) -> None:
         self._distributed = distributed
         self._exchange = exchange
@@ -116,7 +126,9 @@ class CarriedFigures(Figures):
         """Go backward from the loss and from the slots at once."""
         assert self._outgoing is not None
         total = sum(value.item() * weight for value, weight in part if weight)
-        own = [total, *times]
+        # DistributedDataParallel by itself divides what it sums by the number of workers.
+        factor = self._size if self._exchange is None else 1
+        own = [figure * factor for figure in (total, *times)]
         before = [0.0] * (len(own) * self._rank)
         after = [0.0] * (len(own) * (self._size - self._rank - 1))
         figures = self._outgoing.new_tensor(before + own + after)
@@ -125,7 +137,8 @@ class CarriedFigures(Figures):
 
     def result(self) -> list[list[float]]:
         """What the buckets brought; waits for the one that carries them."""
-        self._exchange.wait_for(self._inner.slots)
+        if self._exchange is not None:
+            self._exchange.wait_for(self._inner.slots)
         gradient = self._inner.slots.grad
         assert gradient is not None
         rows: list[list[float]] = gradient.view(self._size, -1).tolist()

@@ -65,6 +65,21 @@ def test_trains_as_one_process(
         assert verdict.passed, verdict
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_many_buckets_train_as_one_process(
+    gang: Gang, problem: str, optimizer: str, variant: str
+) -> None:
+    """The problems' gradients fit into one bucket, and are then summed in another way."""
+    settings = {"bucket_mb": 0.0001}
+    chosen = wt.make_strategy("data-parallel", settings)
+    for trace, _ in gang.run(2, trained, chosen.name, settings, problem, optimizer, variant):
+        reference = expected(problem, optimizer, variant)
+        verdict = verify.compare(trace, reference, chosen, 2, "float64")
+        assert verdict.passed, verdict
+
+
 def test_the_strategies_that_are_there_are_covered() -> None:
     assert "data-parallel" in EXACT
 

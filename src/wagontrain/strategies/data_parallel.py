@@ -159,11 +159,12 @@ class DataParallelRunner(Runner):
             unused = bool(self._unused_in_trial())
         device = self.context.world.device
         carry = device.type == "cpu" and strategy.exact
+        bucket_mb = strategy.bucket_mb or _BUCKET_MB[device.type]
         distributed = DistributedDataParallel(
             WithSlots(self.model, _FIGURES * self.cut.size) if carry else self.model,
             device_ids=[device] if device.type == "cuda" else None,
             process_group=group,
-            bucket_cap_mb=strategy.bucket_mb or _BUCKET_MB[device.type],
+            bucket_cap_mb=bucket_mb,
             find_unused_parameters=unused,
             # Gradients live in the buckets: one copy less per step, and one less in memory.
             gradient_as_bucket_view=True,
@@ -185,7 +186,9 @@ class DataParallelRunner(Runner):
         self._open.callback(first.register_post_accumulate_grad_hook(self._note_ready).remove)  # type: ignore[no-untyped-call]
         self._distributed = self._forward = distributed
         if carry:
-            self._sums = Exchange(distributed, group)
+            size = sum(value.nbytes for _, value in trainable(self.model))
+            if size > bucket_mb * 2**20:  # with one bucket there is nothing to do meanwhile
+                self._sums = Exchange(distributed, group)
             self._forward = self._figures = CarriedFigures(
                 distributed, self._sums, self.cut.rank, self.cut.size
             )
