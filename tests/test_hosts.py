@@ -18,7 +18,8 @@ from wagontrain.testbed.run import run
 
 pytestmark = pytest.mark.testbed
 
-PATIENCE = 2.0
+# Long enough for processes that get little of a busy machine.
+PATIENCE = 5.0
 ASKED = ("run", "job.py:watched", "--run-dir", "R", "--patience", str(PATIENCE))
 PHASES = {
     "step": "in step 2",

@@ -160,7 +160,7 @@ def test_a_store_that_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
     class Mute:
         def set(self, *_: Any) -> None:
-            threading.Event().wait(60)
+            threading.Event().wait()  # for ever, in a daemon thread
 
     said: list[WagontrainError] = []
     monkeypatch.setattr("wagontrain.watch._GRACE_SECONDS", 60)
