@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 import wagontrain as wt
 from benchmarks.measuring import arguments, measure
 from benchmarks.models import exchanged_bytes, task
+from wagontrain import launch
 from wagontrain.registry import make_strategy
 
 
@@ -26,8 +25,7 @@ def main() -> None:
         exchanged_bytes(run.model),
     )
     run.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    launch.leave(run.context)
 
 
 if __name__ == "__main__":

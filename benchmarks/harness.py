@@ -99,7 +99,8 @@ def take_turn(bed: Bed, outcome: Outcome, asked: argparse.Namespace) -> None:
 def measure(asked: argparse.Namespace) -> list[Outcome]:
     """All rounds of all contenders on all models, on one test bed."""
     outcomes = [Outcome(model, each) for model in asked.models for each in asked.contenders]
-    with Bed.up(Shape(hosts=asked.hosts, rate=asked.rate, cpus=asked.cpus)) as bed:
+    slow = {int(host): float(cpus) for host, cpus in (item.split("=") for item in asked.slow)}
+    with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
         for model in asked.models:
             for number in range(asked.rounds):
                 for outcome in outcomes:
@@ -217,6 +218,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
     parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
+    parser.add_argument(
+        "--slow", nargs="*", default=[], metavar="HOST=CPUS", help="hosts with other cores"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")

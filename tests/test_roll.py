@@ -40,6 +40,15 @@ def test_a_broken_connection_makes_hasty_but_a_patient_phase_does_not_end_sooner
     assert "rank 2 on host tb2" in (roll.lost(301) or "")
 
 
+def test_who_has_left_is_not_lost() -> None:
+    roll = Roll(LIMITS)
+    roll.hear(pulse(1, 1), 0)
+    assert not roll.all_others_left
+    roll.hear(dataclasses.replace(pulse(1, 2), left=True), 1)
+    assert roll.all_others_left
+    assert roll.lost(1000) is None
+
+
 def test_long_lists_are_cut() -> None:
     roll = Roll(LIMITS)
     for rank in range(10):

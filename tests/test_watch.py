@@ -33,7 +33,9 @@ class Ranks:
     def connect(self) -> Store:
         return store_at("127.0.0.1", self.port, timedelta(seconds=2), host=False)
 
-    def start(self, count: int, patience: float = 1.5, size: int | None = None) -> list[RankWatch]:
+    def start(
+        self, count: int, patience: float = 1.5, size: int | None = None, holds: bool = False
+    ) -> list[RankWatch]:
         self.watches = [
             RankWatch(
                 rank,
@@ -41,6 +43,7 @@ class Ranks:
                 f"tb{rank}",
                 self.connect,
                 patience,
+                holds=holds and rank == 0,
                 last_resort=self.last_words.append,
             )
             for rank in range(count)
@@ -100,7 +103,7 @@ def test_a_silent_rank_is_named_to_all_and_their_waits_are_ended(
     watches[1].at("in validation")
     time.sleep(0.5)
     began = time.monotonic()
-    watches[1].close()
+    watches[1]._stop_threads()
     for number in (0, 2):
         assert ended[number].wait(5)
         error = failing(watches[number], PEER)
@@ -119,7 +122,7 @@ def test_a_silent_rank_is_named_to_all_and_their_waits_are_ended(
 def test_rank_zero_silent_with_a_store_that_lives_is_named_by_the_others(ranks: Ranks) -> None:
     first, second = ranks.start(2)
     second.wait_for_all(10)
-    first.close()
+    first._stop_threads()
     until(lambda: second._concluded.is_set())
     error = failing(second, PEER)
     assert "rank 0 on host tb0 has not been heard of" in str(error)
@@ -149,7 +152,7 @@ def test_a_training_that_does_not_end_is_ended(
     monkeypatch.setattr("os._exit", statuses.append)
     first, second = ranks.start(2)
     first.wait_for_all(10)
-    second.close()
+    second._stop_threads()
     until(lambda: statuses)
     assert statuses[0] == 1
     assert "rank 1 on host tb1" in str(ranks.last_words[0])
@@ -168,6 +171,18 @@ def test_a_store_that_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     until(lambda: watch._concluded.is_set())
     assert "the master cannot be reached from rank 1 on host tb1 for" in str(failing(watch, PEER))
     watch._stop.set()
+
+
+def test_who_leaves_in_good_order_is_not_lost(ranks: Ranks) -> None:
+    """Also when the store goes with rank 0, and another goes on with work of its own."""
+    first, second, third = ranks.start(3, holds=True)
+    third.wait_for_all(10)
+    second.close()
+    first.close()
+    ranks.store = None
+    time.sleep(3)
+    assert not third._concluded.is_set()
+    assert not ranks.last_words
 
 
 def test_one_speaks_first(ranks: Ranks) -> None:

@@ -24,6 +24,7 @@ class Pulse:
         seconds: for how long it has been doing that.
         patient: whether it does something that may take long without a pulse, such as running
             the user's own code to build data, which can hold up every thread of the process.
+        left: whether it has ended in good order, and will not be heard of again.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Pulse:
     doing: str
     seconds: float
     patient: bool = False
+    left: bool = False
 
     def encode(self) -> str:
         """As text."""
@@ -92,12 +94,17 @@ class Roll:
         """Ranks heard of so far."""
         return sorted(self._heard)
 
+    @property
+    def all_others_left(self) -> bool:
+        """Whether all heard of have ended in good order, rank 0 aside."""
+        return all(pulse.left for rank, (pulse, _) in self._heard.items() if rank != 0)
+
     def lost(self, now: float, hasty: bool = False) -> str | None:
         """Say which ranks are lost, where they are and what they did last; None if none is."""
         silent = [
             (pulse, now - when)
             for _, (pulse, when) in sorted(self._heard.items())
-            if now - when > self.limits.of(pulse, hasty)
+            if now - when > self.limits.of(pulse, hasty) and not pulse.left
         ]
         if not silent:
             return None

@@ -257,6 +257,7 @@ class Run:
         self._closed = True
         self._events.close()
         self.runner.close()
+        self.context.watch.close()
 
     def __enter__(self) -> Run:
         return self

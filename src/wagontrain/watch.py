@@ -72,7 +72,7 @@ class Watch:
         return True
 
     def close(self) -> None:
-        """Stop watching: from here on it is all right to be gone."""
+        """Stop watching, and tell the others: from here on it is all right to be gone."""
 
 
 class RankWatch(Watch):
@@ -107,7 +107,7 @@ class RankWatch(Watch):
         self._roll = Roll(Limits(patience, _HASTY_SECONDS, _PATIENT_SECONDS))
         self._phase = _Phase("meeting the other ranks", time.monotonic(), False)
         self._beats = 0
-        self._alarmed = self._broken = False
+        self._alarmed = self._broken = self._left = False
         self._alarm_seen: float | None = None
         self._contact = time.monotonic()
         self._questions: queue.SimpleQueue[_Question] = queue.SimpleQueue()
@@ -124,7 +124,9 @@ class RankWatch(Watch):
         ]
         for thread in self._threads:
             thread.start()
-        atexit.register(self.close)  # a thread inside the store would crash the interpreter's end
+        # A thread inside the store would crash the interpreter's end. Who ends without having
+        # closed has not left in good order.
+        atexit.register(self._stop_threads)
 
     # --- what the training calls ----------------------------------------------------------------
 
@@ -171,7 +173,19 @@ class RankWatch(Watch):
         return answer is not False
 
     def close(self) -> None:
-        atexit.unregister(self.close)
+        if self._stop.is_set():
+            return
+        if not self._concluded.is_set():
+            self._left = True
+            self._ask(self._beat)
+            limit = time.monotonic() + 3 * self.interval
+            while self._holds and not self._roll.all_others_left and time.monotonic() < limit:
+                time.sleep(0.02)  # the store goes with this process
+                self._ask(self._beat)
+        self._stop_threads()
+
+    def _stop_threads(self) -> None:
+        atexit.unregister(self._stop_threads)
         self._stop.set()
         self._questions.put(_Question(lambda store: None))  # wakes the thread
         for thread in self._threads:
@@ -263,7 +277,13 @@ class RankWatch(Watch):
         self._beats += 1
         phase = self._phase
         own = Pulse(
-            self.rank, self.host, self._beats, phase.doing, now - phase.since, phase.patient
+            self.rank,
+            self.host,
+            self._beats,
+            phase.doing,
+            now - phase.since,
+            phase.patient,
+            self._left,
         )
         store.set(f"pulse/{self.rank}", own.encode())
         for rank in range(self.size) if self.rank == 0 else (0,):
@@ -315,6 +335,8 @@ class RankWatch(Watch):
                 continue
             silence = now - self._contact
             master = self._roll.pulse(0)
+            if master is not None and master.left:
+                return  # and the store with it
             hasty = self._alarmed or self._broken
             if silence > self._roll.limits.of(None, hasty):
                 where = f"rank 0 on host {master.host}" if master else "the master"
