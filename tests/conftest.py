@@ -19,6 +19,14 @@ def gang() -> Iterator[Gang]:
     shared.stop()
 
 
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What joining a job sets for Gloo and NCCL ends with the test that joined."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def task_file(tmp_path: Path) -> Path:
     """A task file with a few tasks, good ones and bad ones."""

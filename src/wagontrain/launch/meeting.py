@@ -116,12 +116,13 @@ def _connect(address: str, port: int, prefix: str) -> Store:
 
 def _use_interface(place: Place, name: str | None) -> Interface:
     """The interface to talk by, which Gloo and NCCL are told of."""
-    own = network.named(name) if name else network.reaching(place.address, place.port)
+    given = name or os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    own = network.named(given) if given else network.reaching(place.address, place.port)
     if own.is_loopback and place.size > place.local_size:
         raise UsageError(
-            f"the master {place.address!r} is loopback address {own.address} on "
-            f"{socket.gethostname()}, which other hosts cannot reach: give the master's network "
-            "address as MASTER_ADDR, or --interface"
+            f"{place.size} workers on several hosts would talk by interface {own.name!r} of "
+            f"{socket.gethostname()}, loopback, which other hosts cannot reach: give the master's "
+            "network address as MASTER_ADDR, or another --interface (GLOO_SOCKET_IFNAME)"
         )
     if own.name:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
