@@ -335,9 +335,9 @@ def why_not() -> str | None:
     return None
 
 
-def threads(cpus: float | None, processes: int) -> int:
-    """Threads for each of so many processes on a host with so many cores."""
-    cores = len(os.sched_getaffinity(0)) if cpus is None else math.ceil(cpus)
+def threads(cpus: float | None, processes: int, hosts: int) -> int:
+    """Threads for each of so many processes on a host; without a limit, hosts share the cores."""
+    cores = len(os.sched_getaffinity(0)) // hosts if cpus is None else math.ceil(cpus)
     return max(1, cores // processes)
 
 

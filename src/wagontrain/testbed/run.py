@@ -43,7 +43,7 @@ def variables(bed: Bed, host: int, local: int, per_host: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": per_host,
         "GROUP_WORLD_SIZE": bed.shape.hosts,
         "MASTER_PORT": MASTER_PORT,
-        "OMP_NUM_THREADS": threads(bed.shape.cpus_of(host), per_host),
+        "OMP_NUM_THREADS": threads(bed.shape.cpus_of(host), per_host, bed.shape.hosts),
     }
     return {"MASTER_ADDR": address(0)} | {name: str(value) for name, value in numbers.items()}
 
