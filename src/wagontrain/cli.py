@@ -11,7 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import cli_testbed
+from wagontrain import checkpoint, cli_testbed
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
@@ -60,6 +60,9 @@ def run(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where the run's files go; default a new one in runs/.")
     ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run directory or checkpoint to go on from.")
+    ] = None,
     interface: Annotated[
         str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
     ] = None,
@@ -80,10 +83,22 @@ def run(
             overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
             task_file=file,
             label=Path(file.partition(":")[0]).stem,
+            resume=resume,
             engine=starter,
             display=Progress(Console()),
             terms=Terms(interface, patience),
         )
+
+
+@app.command(epilog="Example: wagontrain export runs/mnist-20260101-120000 model.safetensors")
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint in it.")],
+    file: Annotated[Path, typer.Argument(help="File to write: weights as safetensors.")],
+) -> None:
+    """Write the weights of a run's last checkpoint as one file."""
+    found = checkpoint.latest(run_dir)
+    checkpoint.export(found, file)
+    print(f"{file}: the weights after {found.steps} steps")
 
 
 @app.command(epilog="Example: wagontrain strategies")

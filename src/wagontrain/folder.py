@@ -3,7 +3,7 @@
 RUN_DIR/plan.json               the strategy and its settings
 RUN_DIR/events.jsonl            everything that happened, see `events`
 RUN_DIR/summary.json            how it ended
-RUN_DIR/checkpoints/            model.safetensors: the weights after the last whole epoch
+RUN_DIR/checkpoints/            step-N: the whole state; model.safetensors: the weights at the end
 RUN_DIR/tensorboard/            curves
 RUN_DIR/logs/                   what each worker printed
 """
@@ -19,9 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import safetensors.torch
-from torch import Tensor
 
 from wagontrain.errors import UsageError
 from wagontrain.events import JsonLines, Sink, TensorBoard
@@ -115,23 +112,6 @@ class RunFolder:
         """How it ended."""
         result: dict[str, Any] = json.loads((self.path / "summary.json").read_text())
         return result
-
-    def write_weights(self, state: Mapping[str, Any]) -> None:
-        """Keep a model's state; a crash at any moment leaves the one before whole."""
-        tensors: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensor = value.detach().cpu().contiguous()
-                # Tied weights share memory, which the format does not know: store both.
-                memory = tensor.untyped_storage().data_ptr()
-                tensors[name] = tensor.clone() if memory in seen else tensor
-                seen.add(memory)
-        part = self.weights.with_suffix(".part")
-        safetensors.torch.save_file(tensors, part)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(self.weights)
 
 
 def _fresh(parent: Path, name: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import socket
 import sys
 import tempfile
@@ -18,7 +19,7 @@ import safetensors.torch
 from rich.console import Console
 from torch import Tensor
 
-from wagontrain import launch, ray_engine
+from wagontrain import checkpoint, launch, ray_engine
 from wagontrain.engines import Engine, Local, make_engine
 from wagontrain.errors import UsageError, WorkerError
 from wagontrain.events import Sink
@@ -33,6 +34,7 @@ from wagontrain.trainer import Run, train
 from wagontrain.transport import Context
 
 _TERMS = Terms()
+_RESUME = "resume"
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ class Job:
         main = file or getattr(sys.modules["__main__"], "__file__", None)
         ray_engine.carry(folder, Path(main).absolute() if main else None)
         inside = f"{ray_engine.SOURCES}/{Path(file).name}{colon}{name}" if file else None
-        return replace(self, task_file=inside, run_dir=ray_engine.RUN)
+        options = dict(self.options)
+        if options.get("resume"):
+            shutil.copytree(options["resume"], folder / _RESUME)
+            options["resume"] = _RESUME
+        return replace(self, task_file=inside, run_dir=ray_engine.RUN, options=options)
 
     @classmethod
     def read(cls, folder: Path) -> Job:
@@ -146,6 +152,7 @@ def fit(
     engine: str = "local",
     address: str | None = None,
     quiet: bool = False,
+    resume: str | Path | None = None,
     interface: str | None = None,
     patience: float = 30.0,
 ) -> Result:
@@ -164,6 +171,8 @@ def fit(
         engine: what starts the workers: "local" or "ray".
         address: of the Ray cluster; where not given the one that Ray finds by itself.
         quiet: show nothing.
+        resume: directory of a run, or a checkpoint in it, to go on from; it may have been written
+            with any strategy and any number of workers.
         interface: network interface to talk to other hosts by; where not given the one that
             leads to the master.
         patience: seconds of silence after which a worker counts as lost.
@@ -175,7 +184,7 @@ def fit(
     chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
     label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return start(
-        task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label,
+        task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label, resume=resume,
         engine=make_engine(engine, address), display=None if quiet else Progress(Console()),
         terms=Terms(interface, patience),
     )  # fmt: skip
@@ -191,6 +200,7 @@ def start(
     overrides: Mapping[str, Any] | None = None,
     task_file: str | None = None,
     label: str = "run",
+    resume: str | Path | None = None,
     engine: Engine | None = None,
     display: Progress | None = None,
     terms: Terms = _TERMS,
@@ -203,6 +213,9 @@ def start(
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps were asked for: give at least 1")
     strategy.check(task, World(size=count))
+    found = None
+    if resume is not None and (place is None or place.rank == 0):
+        found = checkpoint.latest(Path(resume)).path.absolute()
     if place is not None or (count == 1 and not engine.travels):
         with _one_voice(place) as voice:
             folder = RunFolder.create(run_dir, label) if not place or place.rank == 0 else None
@@ -213,12 +226,14 @@ def start(
                 if folder:
                     folder.discard()
                 raise
-            return _train_here(task, strategy, voice.context, folder, steps, display)
+            ahead = Path(resume) if resume is not None else None
+            return _train_here(task, strategy, voice.context, folder, steps, display, ahead)
     del task  # its data would be held here as long as the workers train
     folder = RunFolder.create(run_dir, label)
     job = Job(
         "train", strategy.name, strategy.settings, dict(overrides or {}), task_file,
-        str(folder.path), {"steps": steps, "patience": terms.patience},
+        str(folder.path),
+        {"steps": steps, "patience": terms.patience, "resume": str(found) if found else None},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
     try:
@@ -264,7 +279,9 @@ def train_job(job: Job, folder: Path, place: Place | None) -> None:
     context = launch.join(place, terms)
     with context.watch.doing("loading the task", patient=True):
         task, strategy = job.load(folder)
-    run = Run(task, strategy, context, keep, max_steps=job.options["steps"])
+    resume = job.options.get("resume")
+    ahead = folder / resume if resume else None
+    run = Run(task, strategy, context, keep, max_steps=job.options["steps"], resume=ahead)
     with run:
         train(run)
     launch.leave(context)
@@ -276,6 +293,7 @@ def connect(
     *,
     run_dir: str | Path | None = None,
     sinks: Sequence[Sink] = (),
+    resume: str | Path | None = None,
     interface: str | None = None,
     patience: float = 30.0,
 ) -> Run:
@@ -291,6 +309,7 @@ def connect(
         strategy: name of a strategy, or one with settings.
         run_dir: where the run's files go; none are kept where not given.
         sinks: who takes the run's events on rank 0.
+        resume: directory of a run, or a checkpoint, to go on from.
         interface: network interface to talk to other hosts by.
         patience: seconds of silence after which a worker counts as lost.
 
@@ -302,7 +321,8 @@ def connect(
     context = launch.join(launch.place_from_environment(), Terms(interface, patience))
     keep = run_dir is not None and context.world.rank == 0
     folder = RunFolder.create(run_dir, "run") if keep else None
-    return Run(built, chosen, context, folder, sinks)
+    ahead = Path(resume) if resume is not None else None
+    return Run(built, chosen, context, folder, sinks, resume=ahead)
 
 
 def _train_here(
@@ -312,11 +332,12 @@ def _train_here(
     folder: RunFolder | None,
     steps: int | None,
     display: Progress | None,
+    resume: Path | None,
 ) -> Result:
     first = context.world.rank == 0
     sinks = [display] if display is not None and first else []
     try:
-        run = Run(task, strategy, context, folder, sinks, steps)
+        run = Run(task, strategy, context, folder, sinks, steps, resume)
         with run:
             summary = train(run)
         launch.leave(context)

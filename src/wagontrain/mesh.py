@@ -65,6 +65,12 @@ def shares(count: int, parts: int, weights: Sequence[float] | None = None) -> li
     return proportional_shares(count, weights)
 
 
+def even_shares(count: int, parts: int) -> list[int]:
+    """Sizes of `parts` shares of `count` items that differ by at most one, the larger first."""
+    least, more = divmod(count, parts)
+    return [least + (part < more) for part in range(parts)]
+
+
 def balanced_shares(count: int, costs: Sequence[tuple[float, float]]) -> list[float]:
     """Shares of `count` items with which all ranks end at the same time.
 

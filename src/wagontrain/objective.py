@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from wagontrain.batches import Batch, Cut, MicroBatch
 from wagontrain.errors import LossError, ModelError, TaskError, WagontrainError
+from wagontrain.layout import local
 from wagontrain.task import Task, call_model, describe, origin
 from wagontrain.watch import lost_peer
 
@@ -29,13 +30,25 @@ class Evaluation:
     sums: Mapping[str, float] = field(default_factory=dict)
 
 
-class Update:
-    """The optimizer, with clipping before it and the scheduler after it: once per step."""
+Norm = Callable[[Iterable[Tensor]], Tensor]
 
-    def __init__(self, task: Task, model: nn.Module) -> None:
+
+class Update:
+    """The optimizer, with clipping before it and the scheduler after it: once per step.
+
+    Args:
+        task: what is trained.
+        model: its parameters, or a rank's part of them.
+        norm: of the whole gradient, where `model` has only a part of it.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, norm: Norm | None = None) -> None:
         self.optimizer = task.build_optimizer(model)
         self.scheduler = task.build_scheduler(self.optimizer)
         self.clip = task.clip_grad_norm
+        self.norm = norm
+        if norm is not None:
+            require_elementwise(self.optimizer)
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         # Others may look at several parameters at once, or count their steps by themselves.
         own = type(self.optimizer).__module__.startswith("torch.optim.")
@@ -63,13 +76,27 @@ class Update:
             for _ in arrivals:
                 pass
             if self.clip is not None:
-                nn.utils.clip_grad_norm_(self.parameters, self.clip)
-            self.optimizer.step()
+                self._clip(self.clip)
+            self.step()
         if self.scheduler is not None:
             try:
                 self.scheduler.step()
             except ValueError as error:  # OneCycleLR past its end, say
                 raise ModelError(f"the scheduler cannot go on: {origin(error)}") from error
+
+    def step(self) -> None:
+        """The optimizer's step, once all gradients are there."""
+        self.optimizer.step()
+
+    def _clip(self, largest: float) -> None:
+        if self.norm is None:
+            nn.utils.clip_grad_norm_(self.parameters, largest)
+            return
+        norm = self.norm(self.parameters)
+        factor = min(1.0, largest / (float(norm) + 1e-6))  # as clip_grad_norm_ has it
+        for value in self.parameters:
+            if value.grad is not None:
+                local(value.grad).mul_(factor)
 
     def _step_in_parts(self, arrivals: Iterable[Sequence[Tensor]]) -> None:
         """Optimizers leave out parameters without gradient: the others' are put aside."""
@@ -95,17 +122,6 @@ class Update:
         finally:
             for value, gradient in held.items():
                 value.grad = gradient
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of optimizer and scheduler."""
-        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of optimizer and scheduler."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
 
 
 class Objective:
@@ -264,6 +280,27 @@ class Objective:
                 "return the mean over them, or one number for each"
             )
         return float(value.mean())
+
+
+_ELEMENTWISE = (
+    "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD",
+    "Rprop",
+)  # fmt: skip
+
+
+def require_elementwise(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that looks at a tensor as a whole, of which a rank has only a part.
+
+    Raises:
+        TaskError: it is not known to treat every number by itself.
+    """
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim.") or kind.__name__ not in _ELEMENTWISE:
+        raise TaskError(
+            f"optimizer {kind.__name__} is not known to treat every number of a tensor by itself, "
+            f"and here no rank holds whole tensors: use one of {', '.join(_ELEMENTWISE)}, or the "
+            "strategy data-parallel"
+        )
 
 
 def _hooked(optimizer: Optimizer) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from wagontrain.batches import Batch, Cut
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
+from wagontrain.state import Training
 from wagontrain.task import Task
 from wagontrain.transport import Context
 
@@ -93,9 +94,18 @@ class Runner(ABC):
     def evaluate(self, batch: Batch) -> Evaluation:
         """Loss and metrics on this rank's share of a validation batch."""
 
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """All that has state on this rank, and which part of the whole it is."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """`{"model", "optimizer", "scheduler"}`: full tensors under the plain model's names."""
+        """The whole state, on every rank; every rank has to call this.
+
+        `{"model": {NAME: tensor}, "optimizer": {NAME.KEY: tensor}, "plain": {...}}` with full
+        tensors under the plain model's names, and what is no tensor.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

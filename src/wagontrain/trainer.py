@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from wagontrain import checkpoint
 from wagontrain.batches import Batch, Batches, few_samples
 from wagontrain.errors import LossError, ModelError, TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.objective import not_finite
+from wagontrain.state import Held
 from wagontrain.stragglers import RankTimes
 from wagontrain.strategy import StepReport, Strategy
 from wagontrain.task import Task
@@ -40,7 +42,7 @@ def train(run: Run) -> dict[str, Any]:
         run.validate()
         if run.due(epoch):
             run.check_replicas()
-            run.save_weights()
+            run.save()
     return run.finish()
 
 
@@ -54,9 +56,10 @@ class Run:
         folder: where rank 0 keeps the run's files; None keeps nothing.
         sinks: who else takes events on rank 0.
         max_steps: stop after so many steps even if epochs are left.
+        resume: a checkpoint, or the directory of a run, to go on from.
 
     Raises:
-        UsageError: the strategy refuses the task or the world.
+        UsageError: the strategy refuses the task or the world, or the checkpoint does not fit.
     """
 
     def __init__(
@@ -67,12 +70,16 @@ class Run:
         folder: RunFolder | None = None,
         sinks: Sequence[Sink] = (),
         max_steps: int | None = None,
+        resume: Path | None = None,
     ) -> None:
         if max_steps is not None and max_steps < 1:
             raise UsageError(f"{max_steps} steps were asked for: give at least 1")
         strategy.check(task, context.world)
         with context.watch.doing("setting up", patient=True):
-            self._set_up(task, strategy, context, folder, sinks, max_steps)
+            self._set_up(task, strategy, context, folder, max_steps)
+            if resume is not None:
+                self._resume(resume)
+            self._announce(sinks)
 
     def _set_up(
         self,
@@ -80,7 +87,6 @@ class Run:
         strategy: Strategy,
         context: Context,
         folder: RunFolder | None,
-        sinks: Sequence[Sink],
         max_steps: int | None,
     ) -> None:
         self.task = task
@@ -94,23 +100,18 @@ class Run:
         self._closed = False
         self._compare_data()
         self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
-        self.step_count = 0
+        self.step_count = self.first_step = 0
         self.values: dict[str, float] = {}
         self._hosts = context.gather_text(socket.gethostname())
         self.path = context.gather_text(str(self.folder.path.resolve()) if self.folder else "")[0]
         if self.path:
             context.watch.stacks = Path(self.path) / "stacks"
-        own = self.folder.sinks() if self.folder else []
-        self._events = Events([*own, *sinks] if context.world.rank == 0 else [])
         self._data_seconds = 0.0
         self._training_seconds = 0.0
         self._samples = 0
         self._epoch_loss = _Mean()
         self._times = RankTimes(self._hosts)
         self._began = time.perf_counter()
-        self._announce()
-        context.sent.refresh()
-        context.sent.lap()
 
     @property
     def model(self) -> nn.Module:
@@ -176,7 +177,7 @@ class Run:
                 waiting=report.before.waiting,
                 data=report.before.data,
             )
-        if self.step_count == 1:
+        if self.step_count == self.first_step + 1:
             self.check_replicas()
         return report
 
@@ -224,22 +225,82 @@ class Run:
             self.runner.check_replicas()
         self.context.sent.lap()  # not what a step sends
 
-    def save_weights(self) -> None:
-        """Write the model's weights into the run directory; every rank has to call this."""
-        with self.context.watch.doing("writing the weights"):
-            self._save_weights()
+    def save(self, folder: str | Path | None = None) -> Path | None:
+        """Write a checkpoint that any strategy can resume from; every rank has to call this.
 
-    def _save_weights(self) -> None:
-        state = self.runner.state_dict()["model"]
-        spoiled = not_finite(state)
+        Args:
+            folder: where `step-N` is put; the run directory's own where not given.
+
+        Returns:
+            The checkpoint; None where there is no folder to keep it in.
+
+        Raises:
+            LossError: weights or optimizer state are not finite; nothing is written.
+        """
+        self._require_open()
+        if folder is None and not self.path:
+            return None
+        place = Path(folder) if folder is not None else Path(self.path) / "checkpoints"
+        with self.context.watch.doing("writing the checkpoint"):
+            held = self.runner.training.held()
+            self._require_finite(held)
+            notes = {"strategy": self.strategy.name, "data": self._data_identity()}
+            saved = checkpoint.save(self.context, held, place, self.step_count, notes)
+        self.context.sent.refresh()
+        self.context.sent.lap()  # not what a step sends
+        return saved.path
+
+    def _require_finite(self, held: Held) -> None:
+        names = self.context.gather_text(not_finite(held.tensors) or "")
+        spoiled = next(filter(None, names), None)
         if spoiled:
             raise LossError(
-                f"{spoiled!r} is not finite after step {self.step_count - 1}, though the loss was: "
-                "the gradient is not. Nothing was saved over the weights from before; clip the "
-                "gradient, or avoid operations such as √0 whose gradient is infinite"
+                f"{spoiled.partition('.')[2]!r} is not finite after step {self.step_count - 1}, "
+                "though the loss was: the gradient is not. Nothing was saved over the weights "
+                "from before; clip the gradient, or avoid operations such as √0 whose gradient is "
+                "infinite"
             )
-        if self.folder is not None:
-            self.folder.write_weights(state)
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What the order of samples follows from."""
+        task = self.task
+        return {
+            "samples": task.samples, "batch_size": task.batch_size, "seed": task.seed,
+            "shuffle": task.shuffle,
+        }  # fmt: skip
+
+    def _resume(self, place: Path) -> None:
+        """Go on where a checkpoint was written.
+
+        Raises:
+            UsageError: there is none, it is damaged, of another model or of other data.
+        """
+        first = self.context.world.rank == 0
+        found, complaint = "", ""
+        if first:
+            try:
+                found = str(checkpoint.latest(place).path.resolve())
+            except UsageError as error:
+                complaint = str(error)
+        complaint = self.context.gather_text(complaint)[0]
+        if complaint:
+            raise UsageError(complaint)
+        path = self.context.gather_text(found)[0]
+        source = checkpoint.Restored(self.context, checkpoint.Checkpoint(Path(path)))
+        for name, value in self._data_identity().items():
+            saved = source.plain["data"][name]
+            if saved != value:
+                raise UsageError(
+                    f"the checkpoint was written with {name} {saved}, here it is {value}: samples "
+                    "would be seen twice or never; resume with the same"
+                )
+        self.runner.training.restore(source)
+        self.step_count = self.first_step = int(source.plain["steps"])
+        if self.step_count >= self.steps:
+            raise UsageError(
+                f"the checkpoint has {self.step_count} steps, and {self.steps} were asked for: "
+                "give more --epochs or --steps"
+            )
 
     def finish(self) -> dict[str, Any]:
         """End the run: gather, write and return the summary, and let go of everything."""
@@ -247,6 +308,9 @@ class Run:
         with self.context.watch.doing("ending"):
             summary = self._summary()
         if self.folder is not None:
+            saved = self.folder.path / "checkpoints" / f"step-{self.step_count}"
+            if saved.exists():
+                checkpoint.export(checkpoint.Checkpoint(saved), self.folder.weights)
             self.folder.write_summary(summary)
         self._events.send("end", summary=summary)
         self.close()
@@ -285,8 +349,10 @@ class Run:
                         "random_split a generator with a fixed seed"
                     )
 
-    def _announce(self) -> None:
+    def _announce(self, sinks: Sequence[Sink]) -> None:
         world = self.context.world
+        own = self.folder.sinks() if self.folder else []
+        self._events = Events([*own, *sinks] if world.rank == 0 else [])
         description = {
             "strategy": self.strategy.name,
             "settings": self.strategy.settings,
@@ -306,7 +372,10 @@ class Run:
             steps_per_epoch=self.task.steps_per_epoch,
             batch_size=self.task.batch_size,
             samples=self.task.samples,
+            first_step=self.first_step,
         )
+        self.context.sent.refresh()
+        self.context.sent.lap()
 
     def _summary(self) -> dict[str, Any]:
         sent = self.context.sent.total()

@@ -91,6 +91,32 @@ class Context:
             for row in self.gather_integers(list(raw))
         ]
 
+    def gather_bytes(self, own: bytes) -> list[bytes]:
+        """Every rank's bytes, of any length."""
+        lengths = [row[0] for row in self.gather_integers([len(own)])]
+        if self.side is None:
+            return [own]
+        padded = torch.frombuffer(bytearray(own.ljust(max(*lengths, 1), b"\0")), dtype=torch.uint8)
+        padded = padded.to(self.world.device)
+        rows = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(rows, padded, group=self.side)
+        return [
+            bytes(row[:length].cpu().numpy()) for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def broadcast(self, tensor: Tensor, rank: int) -> None:
+        """Make `tensor` that of `rank` on every rank."""
+        if self.group is not None:
+            dist.broadcast(tensor, rank, group=self.group)
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Give `tensor` to `rank`, which has to receive it."""
+        dist.send(tensor, rank, group=self.group)
+
+    def receive(self, tensor: Tensor, rank: int) -> None:
+        """Fill `tensor` with what `rank` sends."""
+        dist.recv(tensor, rank, group=self.group)
+
     def barrier(self) -> None:
         """Return when every rank has come here."""
         self.gather([0.0])

@@ -1,7 +1,8 @@
 """A folder on one host, copied to another as it grows. No filesystem is shared.
 
 Files that grow are sent from where the copy ends; files that are put in place by a rename are
-sent anew, and the copy is put in place the same way. Names that end in .part are not sent.
+sent anew, and the copy is put in place the same way. Names that end in .part are not sent, nor
+what is in a folder of such a name; what says that a checkpoint is whole is sent last.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ MOST_BYTES = 16 << 20
 """Most bytes that are sent at once."""
 
 _PART = ".part"
+_SEAL = "state.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Original:
     def pieces(self, most: int = MOST_BYTES) -> list[Piece]:
         """What is new since the last call, the smallest first, up to so many bytes."""
         found = []
-        for left, name in sorted(self._changed()):
+        for left, name in sorted(self._changed(), key=lambda each: (each[1].endswith(_SEAL), each)):
             if most <= 0:
                 break
             start, file = self._sent.get(name, 0), self._open[name]
@@ -64,9 +66,11 @@ class Original:
         """Bytes left to send of each file that has any, or that is new."""
         changed = []
         for path in self._folder.rglob("*"):
-            if path.suffix == _PART or path.is_symlink() or not path.is_file():
+            inside = path.relative_to(self._folder)
+            unfinished = any(part.endswith(_PART) for part in inside.parts)
+            if unfinished or path.is_symlink() or not path.is_file():
                 continue
-            name = path.relative_to(self._folder).as_posix()
+            name = inside.as_posix()
             with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                 self._look_at(name, path)
                 left = os.fstat(self._open[name].fileno()).st_size - self._sent.get(name, 0)

@@ -1,0 +1,194 @@
+"""Building a model on a rank that may be too small for the whole of it.
+
+Where the whole model fits it is built from the task's seed, and then divided. Where it does not,
+it is built without memory (on torch's meta device), divided, and initialised module by module:
+each from a seed that follows from the task's seed and the module's name, so that every strategy
+and any number of workers begin with the same weights. No rank holds more than one module whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wagontrain.batches import mix
+from wagontrain.errors import TaskError, UsageError
+from wagontrain.layout import Layout, local
+from wagontrain.task import Task, seeded_numbers
+from wagontrain.transport import Context
+
+# Weights and gradients, and the two values per weight that Adam keeps.
+_COPIES = {"SGD": 3, "Adagrad": 3, "RMSprop": 3}
+_COPIES_OF_OTHERS = 4
+
+
+def skeleton(task: Task) -> nn.Module | None:
+    """The model without memory; None where it cannot be built so (it reads its own weights)."""
+    try:
+        with torch.device("meta"):
+            return task.build_model()
+    except (TaskError, NotImplementedError, RuntimeError):
+        return None
+
+
+def bytes_to_train(model: nn.Module, task: Task) -> int:
+    """Bytes for weights, gradients and optimizer state of a whole copy; activations come on top."""
+    made = task.build_optimizer(model)
+    copies = _COPIES.get(type(made).__name__, _COPIES_OF_OTHERS)
+    if type(made) is torch.optim.SGD and not made.defaults.get("momentum"):
+        copies -= 1
+    parameters = sum(value.nbytes for value in model.parameters() if value.requires_grad)
+    others = sum(value.nbytes for value in model.parameters() if not value.requires_grad)
+    return copies * parameters + others + sum(value.nbytes for value in model.buffers())
+
+
+def usable_bytes(device: torch.device) -> int | None:
+    """Memory that this process may use: of the GPU, or what control groups leave of the host's.
+
+    None where the system does not say.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [*_group_limits()]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        total = next(line for line in meminfo.read_text().splitlines() if "MemTotal" in line)
+        limits.append(int(total.split()[1]) * 1024)
+    return min(limits, default=None)
+
+
+def _group_limits() -> list[int]:
+    """Memory limits (v1 and v2) of the control groups that this process is in."""
+    found = []
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        for root in (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")):
+            for folder in (root / path.lstrip("/"), root):
+                for name in ("memory.max", "memory.limit_in_bytes"):
+                    file = folder / name
+                    if file.is_file() and (text := file.read_text().strip()).isdigit():
+                        found.append(int(text))
+    return [limit for limit in found if limit < 1 << 60]  # v1 writes a huge number for "none"
+
+
+def fits(task: Task, context: Context, share: float = 1.0) -> tuple[bool, int, int]:
+    """Whether `share` of a whole copy fits on every rank; bytes it takes, and the least usable.
+
+    Where nobody can say it is taken to fit. Every rank has to call this.
+    """
+    model = skeleton(task)
+    needed = 0 if model is None else bytes_to_train(model, task)
+    usable = usable_bytes(context.world.device) or 0
+    local_size = context.world.local_size if context.world.device.type == "cpu" else 1
+    least = min(int(row[0]) for row in context.gather_integers([usable // local_size]))
+    return not needed or not least or needed * share <= least, needed, least
+
+
+def whole_or_skeleton(task: Task, context: Context) -> nn.Module:
+    """The model with its weights where a whole copy fits on every rank, else without memory.
+
+    Every rank has to call this.
+    """
+    if fits(task, context)[0]:
+        return task.build_model()
+    model = skeleton(task)
+    assert model is not None  # it was measured by one
+    return model
+
+
+def initialise(
+    model: nn.Module, plain: nn.Module, layouts: Mapping[str, Layout], seed: int
+) -> None:
+    """Give a divided model, built without memory, its first weights.
+
+    Args:
+        model: the divided one, its memory not yet written.
+        plain: the same, whole and on the meta device.
+        layouts: which part of everything in the model's `state_dict` is held here.
+        seed: the task's.
+
+    Raises:
+        TaskError: a module has tensors of its own and no `reset_parameters` to fill them.
+    """
+    state = model.state_dict(keep_vars=True)
+    done: set[int] = set()
+    for path, module in plain.named_modules():
+        own = {
+            key: value
+            for key, value in (
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            )
+            if id(value) not in done
+        }
+        done.update(map(id, own.values()))
+        held = [key for key in own if f"{path}.{key}".lstrip(".") in layouts]
+        fleeting = module._non_persistent_buffers_set
+        if fleeting:
+            raise TaskError(
+                f"the model does not fit on one host, and module {path or 'the model itself'!r} "
+                f"computes its buffer {min(fleeting)!r} while the whole is built: register it as "
+                "a persistent one, and fill it in reset_parameters()"
+            )
+        if not held:
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise TaskError(
+                f"the model does not fit on one host, and module {path or 'the model itself'!r} "
+                f"({type(module).__name__}) has {next(iter(own))!r} but no reset_parameters() to "
+                "fill it without building the whole: give it one"
+            )
+        whole = _alone(module)
+        with seeded_numbers(mix(seed, "module", path)):
+            whole.reset_parameters()  # type: ignore[operator]
+        filled = _own(whole)
+        with torch.no_grad():
+            for key in held:
+                name = f"{path}.{key}".lstrip(".")
+                local(state[name]).copy_(layouts[name].take(filled[key]))
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are a module's own, and not those of one inside."""
+    return {
+        **dict(module.named_parameters(recurse=False)),
+        **dict(module.named_buffers(recurse=False)),
+    }
+
+
+def _alone(module: nn.Module) -> nn.Module:
+    """A copy of a module, with memory, without those in it."""
+    children = dict(module._modules)
+    module._modules.clear()
+    try:
+        return copy.deepcopy(module).to_empty(device="cpu")
+    finally:
+        module._modules.update(children)
+
+
+def require_room(task: Task, context: Context) -> None:
+    """Refuse a strategy that needs a whole copy on every rank, where one does not fit.
+
+    Raises:
+        UsageError: with the numbers.
+    """
+    enough, needed, least = fits(task, context)
+    if not enough:
+        raise UsageError(
+            f"a whole copy with gradients and optimizer state takes {gigabytes(needed)} GB, but a "
+            f"worker may use {gigabytes(least)} GB: take a strategy that divides it (sharded, "
+            "split-weights, hybrid or pipeline)"
+        )
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes in 10⁹, to two digits."""
+    return f"{count / 1e9:.2g}" if count < 10**10 else f"{count / 1e9:.0f}"

@@ -1,0 +1,445 @@
+"""Checkpoints: the state of a training in files that any strategy can take up again.
+
+    step-120/state.json             what is not a tensor, and a checksum of every other file
+    step-120/rank0-0.safetensors    pieces of tensors, with where they belong
+
+The tensor files are those of torch.distributed.checkpoint in its safetensors form: each rank
+writes the pieces that it answers for, and nobody gathers anything. Where ranks share no disk,
+rank 0 writes for all, some pieces at a time. Everything is written into a folder with another
+name, flushed to the disk and renamed, so that a crash at any moment leaves the checkpoint before
+it whole. No file holds a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+
+from wagontrain import plain
+from wagontrain.errors import UsageError
+from wagontrain.layout import Layout
+from wagontrain.state import Held, Source, announced, shared_plain
+from wagontrain.transport import Context
+from wagontrain.version import __version__
+
+_FORMAT = 1
+_PART_BYTES = 256 * 2**20
+_NAME = "state.json"
+
+
+class Pieces:
+    """This rank's pieces of one tensor, as torch.distributed.checkpoint asks for them."""
+
+    def __init__(self, shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], Tensor]]):
+        self.shape = torch.Size(shape)
+        self.pieces = pieces
+
+    def size(self) -> torch.Size:
+        """Shape of the whole tensor."""
+        return self.shape
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk, TensorProperties.create_from_tensor(tensor), self.shape
+                ),
+            )
+            for chunk, (_, tensor) in zip(self._chunks(), self.pieces, strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return self._chunks()
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        if index.index is not None:
+            return self.pieces[index.index][1]
+        return next(tensor for offset, tensor in self.pieces if torch.Size(offset) == index.offset)
+
+    def _chunks(self) -> list[ChunkStorageMetadata]:
+        return [
+            ChunkStorageMetadata(torch.Size(offset), tensor.shape) for offset, tensor in self.pieces
+        ]
+
+
+class _OwnPart(DefaultSavePlanner):
+    """Plans what one rank writes; whether all of it together is whole, `save` sees to."""
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return all_plans, Metadata({})
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is there."""
+
+    path: Path
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What is not a tensor.
+
+        Raises:
+            UsageError: there is none, it is of a newer version, or it cannot be read.
+        """
+        file = self.path / _NAME
+        try:
+            result: dict[str, Any] = plain.decode(file.read_text())
+        except OSError as error:
+            raise UsageError(
+                f"{str(self.path)!r} is no checkpoint ({error.strerror}: {_NAME}): give a run "
+                "directory, or a folder such as RUN_DIR/checkpoints/step-120"
+            ) from error
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"checkpoint {str(self.path)!r} is damaged: {_NAME} is not what was written "
+                f"({error}); take an earlier one"
+            ) from error
+        if not isinstance(result, dict) or result.get("format") != _FORMAT:
+            raise UsageError(
+                f"checkpoint {str(self.path)!r} is of a form that this version "
+                f"({__version__}) does not know: take the one that wrote it"
+            )
+        return result
+
+    @property
+    def steps(self) -> int:
+        """Steps that had been taken."""
+        return int(self.description["steps"])
+
+    def check(self) -> None:
+        """Compare every file with what was written.
+
+        Raises:
+            UsageError: one is missing, cut short or changed.
+        """
+        for name, expected in self.description["files"].items():
+            file = self.path / name
+            if not file.is_file() or _checksum(file) != expected:
+                what = "was changed or cut short" if file.is_file() else "is missing"
+                raise UsageError(
+                    f"checkpoint {str(self.path)!r} is damaged: {name} {what}; take an earlier one"
+                )
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every whole tensor."""
+        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
+        return {
+            name: tuple(entry.size)  # type: ignore[union-attr]
+            for name, entry in metadata.state_dict_metadata.items()
+        }
+
+    def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
+        """The wanted parts, each read from where its pieces lie."""
+        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
+        parts: dict[str, Tensor] = {}
+        asked: dict[str, Any] = {}
+        for name, layout in wanted.items():
+            entry: Any = metadata.state_dict_metadata[name]
+            part = parts[name] = torch.empty(layout.local_shape, dtype=entry.properties.dtype)
+            if part.numel():
+                asked[name] = Pieces(layout.shape, list(layout.pieces(part)))
+        reader = HuggingFaceStorageReader(str(self.path))
+        dcp.load(asked, storage_reader=reader, no_dist=True)
+        return parts
+
+    def kinds(self) -> dict[str, torch.dtype]:
+        """Type of every whole tensor."""
+        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
+        return {
+            name: entry.properties.dtype  # type: ignore[union-attr]
+            for name, entry in metadata.state_dict_metadata.items()
+        }
+
+
+def latest(folder: Path) -> Checkpoint:
+    """The newest checkpoint of a run directory, or the one that `folder` itself is.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if (folder / _NAME).exists():
+        return Checkpoint(folder)
+    found = sorted(_all_in(folder / "checkpoints"), key=lambda path: int(path.name[5:]))
+    if not found:
+        raise UsageError(
+            f"{str(folder)!r} holds no checkpoint: give the directory of a run that has saved one"
+        )
+    return Checkpoint(found[-1])
+
+
+def _all_in(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+
+
+def save(
+    context: Context, held: Held, folder: Path, steps: int, notes: Mapping[str, Any], keep: int = 2
+) -> Checkpoint:
+    """Write `folder/step-STEPS`; every rank has to call this.
+
+    Args:
+        context: this rank's place in the job.
+        held: what this rank holds of the state.
+        folder: of checkpoints; where other ranks do not see rank 0's, rank 0 writes for them.
+        steps: steps taken so far.
+        notes: what else to keep: plain data.
+        keep: how many checkpoints to leave in the folder.
+    """
+    first = context.world.rank == 0
+    target = folder / f"step-{steps}"
+    part = folder / f".step-{steps}.part"
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    shared = _is_shared(context, part)
+    described = shared_plain(context, held)
+    files = _write_own(held, part, context.world.rank) if shared or first else {}
+    if shared:
+        for text in context.gather_bytes(json.dumps(files).encode()):
+            files |= json.loads(text)
+    else:
+        files |= _write_for_others(context, held, part)
+    if first:
+        content = {
+            "format": _FORMAT, "steps": steps, "files": files, **notes, **described,
+            "wagontrain": __version__, "torch": torch.__version__,
+        }  # fmt: skip
+        with (part / _NAME).open("w") as file:
+            file.write(plain.encode(content))
+            file.flush()
+            os.fsync(file.fileno())
+        _flush(part)
+        if target.exists():  # resumed from the one before, and come here again
+            shutil.rmtree(target)
+        part.rename(target)
+        _flush(folder)
+        for old in sorted(_all_in(folder), key=lambda path: int(path.name[5:]))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    context.barrier()
+    return Checkpoint(target)
+
+
+def _is_shared(context: Context, folder: Path) -> bool:
+    """Whether all ranks see rank 0's folder, and not another one of that name."""
+    token = folder / "token"
+    if context.world.rank == 0:
+        token.write_text(secrets.token_hex(16))
+    expected = context.gather_text(token.read_text() if context.world.rank == 0 else "")[0]
+    seen = token.is_file() and token.read_text() == expected
+    result = all(row[0] for row in context.gather([float(seen)]))
+    if context.world.rank == 0:
+        token.unlink()
+    return result
+
+
+def _write_own(held: Held, folder: Path, rank: int) -> dict[str, str]:
+    """Write the pieces that this rank answers for; returns the checksum of every file."""
+    pieces = (
+        (name, layout.shape, offset, piece)
+        for name, layout in held.layouts.items()
+        if layout.owner
+        for offset, piece in layout.pieces(held.tensors[name])
+    )
+    return _write(pieces, folder, f"rank{rank}")
+
+
+_Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+
+
+def _write(pieces: Iterator[_Piece], folder: Path, label: str) -> dict[str, str]:
+    """Write pieces as they come, some of them to a file."""
+    files: dict[str, str] = {}
+    waiting: dict[str, Any] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal size
+        if not waiting:
+            return
+        scratch = folder / f"{label}.scratch"
+        writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+        dcp.save(dict(waiting), storage_writer=writer, planner=_OwnPart(), no_dist=True)
+        (written,) = scratch.glob("*.safetensors")
+        file = folder / f"{label}-{len(files)}.safetensors"
+        written.rename(file)
+        shutil.rmtree(scratch)
+        _flush(file)
+        files[file.name] = _checksum(file)
+        waiting.clear()
+        size = 0
+
+    for name, shape, offset, piece in pieces:
+        if piece.numel() == 0:
+            continue
+        # A file holds one piece under a name.
+        if name in waiting or (size and size + piece.nbytes > _PART_BYTES):
+            flush()
+        waiting[name] = Pieces(shape, [(offset, piece.detach().cpu())])
+        size += piece.nbytes
+    flush()
+    return files
+
+
+def _write_for_others(context: Context, held: Held, folder: Path) -> dict[str, str]:
+    """Rank 0 receives the other ranks' pieces and writes them; returns checksums there."""
+    everyones = announced(context, held)
+
+    def arriving(rank: int) -> Iterator[_Piece]:
+        for name, entry in everyones[rank].items():
+            for offset, size in entry["pieces"] if entry["owner"] else ():
+                dtype = getattr(torch, entry["dtype"])
+                piece = torch.empty(size, dtype=dtype, device=context.world.device)
+                if piece.numel():
+                    context.receive(_bytes(piece), rank)
+                yield name, tuple(entry["shape"]), tuple(offset), piece
+
+    files: dict[str, str] = {}
+    for rank in range(1, context.world.size):
+        if context.world.rank == 0:
+            files |= _write(arriving(rank), folder, f"rank{rank}")
+        elif context.world.rank == rank:
+            for name, layout in held.layouts.items():
+                for _, piece in layout.pieces(held.tensors[name]) if layout.owner else ():
+                    if piece.numel():
+                        context.send(_bytes(piece.contiguous()), 0)
+    return files
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+class Restored(Source):
+    """A checkpoint as a source of parts; where only rank 0 sees it, rank 0 reads for all.
+
+    Every rank has to make one at the same time.
+
+    Raises:
+        UsageError: the checkpoint is damaged.
+    """
+
+    def __init__(self, context: Context, checkpoint: Checkpoint) -> None:
+        self._context = context
+        self._checkpoint = checkpoint
+        first = context.world.rank == 0
+        here = (checkpoint.path / _NAME).exists()
+        self._shared = all(row[0] for row in context.gather([float(here)]))
+        complaint = ""
+        content: dict[str, Any] = {}
+        if first:
+            try:
+                checkpoint.check()
+                content = checkpoint.description
+            except UsageError as error:
+                complaint = str(error)
+        shapes = checkpoint.shapes() if first and not complaint else {}
+        told = json.dumps([complaint, plain.encode(content), shapes]).encode()
+        complaint, text, found = json.loads(context.gather_bytes(told if first else b"")[0])
+        if complaint:
+            raise UsageError(complaint)
+        self.plain = plain.decode(text)
+        self._shapes = {name: tuple(shape) for name, shape in found.items()}
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
+        if self._shared:
+            return self._checkpoint.read(wanted)
+        parts: dict[str, Tensor] = {}
+        device = self._context.world.device
+        for name, shape in self._shapes.items():
+            whole = None
+            if self._context.world.rank == 0:
+                whole = self._checkpoint.read({name: Layout(shape)})[name].to(device)
+            kind = str(whole.dtype).removeprefix("torch.") if whole is not None else ""
+            kind = self._context.gather_text(kind)[0]
+            if whole is None:
+                whole = torch.empty(shape, dtype=getattr(torch, kind), device=device)
+            if whole.numel():
+                self._context.broadcast(_bytes(whole), 0)
+            if name in wanted:
+                parts[name] = wanted[name].take(whole).cpu()
+        return parts
+
+
+def export(checkpoint: Checkpoint, file: Path) -> None:
+    """Write the model's weights as one safetensors file, under the plain model's names.
+
+    One tensor is in memory at a time. The format: eight bytes with the length of a JSON header,
+    the header (type, shape, begin and end of each tensor), the tensors.
+
+    Raises:
+        UsageError: the checkpoint is damaged, or the file cannot be written.
+    """
+    checkpoint.check()
+    kinds = checkpoint.kinds()
+    header: dict[str, Any] = {}
+    end = 0
+    shapes = {name: shape for name, shape in checkpoint.shapes().items() if _is_model(name)}
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * kinds[name].itemsize
+        header[name.removeprefix(_MODEL)] = {
+            "dtype": _SAFETENSORS[kinds[name]], "shape": shape, "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    part = file.with_name(f".{file.name}.part")
+    try:
+        with part.open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name, shape in shapes.items():
+                tensor = checkpoint.read({name: Layout(shape)})[name]
+                out.write(_bytes(tensor).numpy().data)
+        _flush(part)
+        part.replace(file)
+    except OSError as error:
+        raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
+
+
+_MODEL = "model."
+_SAFETENSORS = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
+}  # fmt: skip
+
+
+def _is_model(name: str) -> bool:
+    return name.startswith(_MODEL)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "blake2b").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,85 @@
+"""Which part of a tensor a rank holds: everything that saving, loading and comparing has to know.
+
+A strategy divides tensors in its own way, but always along one dim, in ranges. Optimizer state
+of the shape of its parameter is divided like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The part of one tensor that a rank holds.
+
+    Args:
+        shape: of the whole tensor.
+        dim: along which it is divided; None where this rank holds all of it.
+        ranges: indices along `dim` that are held, one range behind the other in the local tensor.
+        owner: whether it is this rank that speaks for its part, where several ranks hold it.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    ranges: tuple[range, ...] = ()
+    owner: bool = True
+
+    @classmethod
+    def whole(cls, tensor: Tensor, owner: bool = True) -> Layout:
+        """That of a tensor that is not divided."""
+        return cls(tuple(tensor.shape), owner=owner)
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """Shape of the part."""
+        if self.dim is None:
+            return self.shape
+        held = sum(map(len, self.ranges))
+        return (*self.shape[: self.dim], held, *self.shape[self.dim + 1 :])
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of the part, out of the whole tensor."""
+        if self.dim is None:
+            return tensor.clone()
+        parts = [tensor.narrow(self.dim, part.start, len(part)) for part in self.ranges]
+        return torch.cat(parts, self.dim) if parts else tensor.narrow(self.dim, 0, 0).clone()
+
+    def pieces(self, local: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Each block of the part as (where it begins in the whole tensor, a view of it)."""
+        zero = (0,) * len(self.shape)
+        if self.dim is None:
+            yield zero, local
+            return
+        start = 0
+        for part in self.ranges:
+            offset = (*zero[: self.dim], part.start, *zero[self.dim + 1 :])
+            yield offset, local.narrow(self.dim, start, len(part))
+            start += len(part)
+
+    def of_state(self, state: Tensor) -> Layout:
+        """The layout of optimizer state that belongs to a parameter of this layout."""
+        if tuple(state.shape) == self.local_shape:
+            return self
+        return replace(self, shape=tuple(state.shape), dim=None, ranges=())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, as a plain one that shares its memory."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def as_part_of(parameter: Tensor, part: Tensor) -> Tensor:
+    """A rank's part of optimizer state, as the kind of tensor that its parameter is."""
+    if not isinstance(parameter, DTensor) or part.shape != parameter.to_local().shape:
+        return part
+    spec: Any = parameter
+    return DTensor.from_local(
+        part, spec.device_mesh, spec.placements, shape=spec.shape, stride=spec.stride()
+    )

@@ -1,0 +1,9 @@
+"""Layers whose weights are divided over ranks: what split-weights and hybrid are made of.
+
+border      how activations come to a split layer and go from it
+observe     in which order layers are called, and what lies between them
+linear      columns and rows of fully connected layers
+embedding   rows of tables
+logits      the loss over a softmax whose classes are divided
+divide      replacing a model's layers by split ones
+"""

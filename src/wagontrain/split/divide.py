@@ -1,0 +1,249 @@
+"""Replacing layers of a model by split ones, and knowing afterwards who holds what."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from wagontrain.axes import Axes
+from wagontrain.errors import UsageError, nearest
+from wagontrain.layout import Layout
+from wagontrain.mesh import even_shares, ranges
+from wagontrain.split.border import Border, Replicated
+from wagontrain.split.convolution import Channels
+from wagontrain.split.embedding import FetchedLookup, SharedLookup
+from wagontrain.split.linear import Columns, Region, Rows
+from wagontrain.split.logits import SplitScores
+from wagontrain.split.observe import Observed
+
+Cut = Literal["column", "row", "whole"]
+Placement = Mapping[str, Cut]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def splittable(layer: nn.Module) -> tuple[Cut, ...]:
+    """The ways in which a layer can be split."""
+    if type(layer) is nn.Linear:
+        return ("column", "row")
+    if type(layer) is nn.Embedding:
+        return ("row",) if layer.max_norm is None and not layer.scale_grad_by_freq else ()
+    if type(layer) in CONVOLUTIONS:
+        return ("column",) if layer.groups == 1 else ()  # type: ignore[union-attr]
+    return ()
+
+
+def check_placement(model: nn.Module, placement: Placement, observed: Observed) -> None:
+    """Refuse a placement that cannot be.
+
+    Raises:
+        UsageError: it names no layer, or one that cannot be split so.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if splittable(layer)}
+    for name, cut in placement.items():
+        if name not in dict(model.named_modules()):
+            raise UsageError(
+                f"placement names no layer of the model: {name!r}; " + nearest(name, layers)
+            )
+        if cut == "whole":
+            continue
+        layer = model.get_submodule(name)
+        if cut not in splittable(layer):
+            ways = ", ".join(splittable(layer)) or "only left whole"
+            raise UsageError(
+                f"layer {name!r} ({type(layer).__name__}) cannot be split by {cut}: it can be "
+                f"{ways}"
+            )
+        why = not_split_because(name, model, observed)
+        if why:
+            raise UsageError(f"layer {name!r} cannot be split: {why}; leave it whole")
+
+
+def not_split_because(name: str, model: nn.Module, observed: Observed) -> str:
+    """Why a layer cannot be split in this model; empty where it can."""
+    layer = model.get_submodule(name)
+    if any(f"{name}.{key}" in observed.loose for key, _ in layer.named_parameters(recurse=False)):
+        return "its weights are used by other code than its own forward"
+    if name not in observed.layers:
+        return "the model does not call it"
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return "it has forward hooks"
+    if "forward" in vars(layer) or hasattr(layer, "parametrizations"):
+        return "its forward or its weight has been replaced"
+    return ""
+
+
+@dataclass(frozen=True)
+class Divided:
+    """A model with split layers.
+
+    Args:
+        layouts: which part of everything in its `state_dict` this rank holds.
+        parts: names of parameters that are divided.
+        undo: puts the plain forwards back.
+    """
+
+    layouts: dict[str, Layout]
+    parts: set[str]
+    undo: contextlib.ExitStack
+
+
+def divide(
+    model: nn.Module,
+    placement: Placement,
+    observed: Observed,
+    border: Border,
+    axes: Axes,
+    device: torch.device,
+    last: str | None = None,
+) -> Divided:
+    """Split layers in place. Those of a pair that fit are fused.
+
+    Args:
+        model: the whole one, with weights or on the meta device.
+        placement: layer -> how it is split.
+        observed: what a forward pass showed.
+        border: how samples come and go.
+        axes: the mesh; weights are divided along its model axis.
+        device: where the parts are put.
+        last: the layer whose result the loss takes, if it may stay divided.
+    """
+    axis, size = axes.model, axes.model.size
+    cuts = _consistent(model, placement)
+    state = {**dict(model.named_parameters(remove_duplicate=False)),
+             **dict(model.named_buffers(remove_duplicate=False))}  # fmt: skip
+    persistent = set(model.state_dict())
+    first_of_all = axes.model.index == 0 and axes.data.index == 0
+    layouts = {
+        name: Layout.whole(value, owner=first_of_all)
+        for name, value in state.items()
+        if name in persistent
+    }
+    parts: set[str] = set()
+    undo = contextlib.ExitStack()
+    remade: dict[int, nn.Parameter] = {}
+    regions = _regions(cuts, observed, axis.index)
+    for name, cut in cuts.items():
+        layer = model.get_submodule(name)
+        for key, dim in _divided_dims(layer, cut).items():
+            parameter = layer._parameters[key]
+            if parameter is None:
+                continue
+            full = f"{name}.{key}"
+            mine = ranges(even_shares(parameter.shape[dim], size))[axis.index]
+            shape = tuple(parameter.shape)
+            if id(parameter) in remade:  # tied to one that was divided in the same way
+                layer._parameters[key] = remade[id(parameter)]
+                layouts[full] = next(
+                    layout for other, layout in layouts.items()
+                    if state.get(other) is parameter and layout.dim is not None
+                )  # fmt: skip
+            else:
+                layouts[full] = Layout(shape, dim, (mine,), owner=axes.data.index == 0)
+                part = remade[id(parameter)] = _part(parameter, layouts[full], device)
+                layer._parameters[key] = part
+            parts.add(full)
+        forward = _forward(layer, name, cut, border, axis, regions, name == last, state)
+        # An attribute of the instance goes before the method of its class.
+        vars(layer)["forward"] = forward
+        undo.callback(vars(layer).pop, "forward", None)
+    return Divided(layouts, parts, undo)
+
+
+def _part(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn.Parameter:
+    if parameter.is_meta:
+        content = torch.empty(layout.local_shape, dtype=parameter.dtype, device=device)
+    else:
+        content = layout.take(parameter.detach()).to(device)
+    return nn.Parameter(content, requires_grad=parameter.requires_grad)
+
+
+def _divided_dims(layer: nn.Module, cut: Cut) -> dict[str, int]:
+    """The dim along which each parameter of a layer is divided."""
+    if cut == "row" and isinstance(layer, nn.Linear):
+        return {"weight": 1}
+    if isinstance(layer, nn.Embedding):
+        return {"weight": 0}
+    return {"weight": 0, "bias": 0}
+
+
+def _consistent(model: nn.Module, placement: Placement) -> dict[str, Cut]:
+    """The layers to split; tied weights are divided in one way, or left whole."""
+    cuts = {name: cut for name, cut in placement.items() if cut != "whole"}
+    users: dict[int, dict[str, int | None]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        layer, _, key = name.rpartition(".")
+        dims = _divided_dims(model.get_submodule(layer), cuts[layer]) if layer in cuts else {}
+        users.setdefault(id(value), {})[layer] = dims.get(key)
+    for layers in users.values():
+        if len(set(layers.values())) > 1:
+            for layer in layers:
+                cuts.pop(layer, None)
+    return cuts
+
+
+def _regions(cuts: Mapping[str, Cut], observed: Observed, index: int) -> dict[str, Region]:
+    """One region for each pair that can be fused, under the names of both layers."""
+    regions: dict[str, Region] = {}
+    for before, after in observed.pairs.items():
+        fit = cuts.get(before) == "column" and cuts.get(after) == "row"
+        if fit and observed.once(before) and observed.once(after):
+            regions[before] = regions[after] = Region(index, before in observed.draws)
+    return regions
+
+
+def _forward(
+    layer: nn.Module,
+    name: str,
+    cut: Cut,
+    border: Border,
+    axis: Any,
+    regions: Mapping[str, Region],
+    last: bool,
+    state: Mapping[str, Tensor],
+) -> Any:
+    shape = state[f"{name}.weight"].shape
+    if isinstance(layer, nn.Embedding):
+        rows = ranges(even_shares(shape[0], axis.size))
+        if isinstance(border, Replicated):
+            return SharedLookup(layer, border, rows, layer.padding_idx)
+        return FetchedLookup(layer, axis, rows, layer.padding_idx)
+    if isinstance(layer, nn.Linear):
+        widths = even_shares(shape[0 if cut == "column" else 1], axis.size)
+        region = regions.get(name)
+        if cut == "row":
+            return Rows(layer, border, widths, region)
+        if last and region is None and isinstance(border, Replicated):
+            return _Scores(layer, border, widths)
+        return Columns(layer, border, widths, region)
+    return Channels(layer, border, even_shares(shape[0], axis.size))
+
+
+class _Scores(Columns):
+    """Columns whose result stays divided, and looks whole."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        border, y = self.product(x)
+        return SplitScores.of(y.view(*x.shape[:-1], y.shape[1]), border, list(self.widths), -1)
+
+
+def parameters_of(layer: nn.Module) -> int:
+    """Numbers in a layer's own parameters."""
+    return sum(math.prod(value.shape) for value in layer.parameters(recurse=False))
+
+
+def ways(model: nn.Module, observed: Observed, least: int) -> Sequence[str]:
+    """Names of layers that can be split and hold at least so many numbers, in order of calls."""
+    return [
+        name
+        for name in dict.fromkeys(observed.layers)
+        if splittable(model.get_submodule(name))
+        and parameters_of(model.get_submodule(name)) >= least
+        and not not_split_because(name, model, observed)
+    ]

@@ -1,0 +1,108 @@
+"""What has to be known before layers are split: the model, tried on a few samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from wagontrain.building import initialise, skeleton, whole_or_skeleton
+from wagontrain.errors import ModelError, UsageError
+from wagontrain.layout import Layout
+from wagontrain.objective import Objective
+from wagontrain.split.divide import Cut, splittable, ways
+from wagontrain.split.observe import Observed, observe
+from wagontrain.task import Task, place
+from wagontrain.transport import Context
+from wagontrain.trial import trial_batch, trial_model, unused_in_trial
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is about to be divided.
+
+    Args:
+        model: with its weights, or on the meta device where a whole copy does not fit.
+        observed: what a forward pass showed.
+        unused: whether some parameter got no gradient in a trial.
+        samples: how many samples the trial had.
+    """
+
+    model: nn.Module
+    observed: Observed
+    unused: bool
+    samples: int
+
+    @property
+    def bare(self) -> bool:
+        """Whether the weights are not there yet."""
+        return next(self.model.parameters()).is_meta
+
+    @property
+    def last(self) -> str | None:
+        """The layer that is called last, if it is fully connected."""
+        name = self.observed.layers[-1] if self.observed.layers else None
+        if name is None or type(self.model.get_submodule(name)) is not nn.Linear:
+            return None
+        return name if self.observed.once(name) else None
+
+    def fill(self, task: Task, model: nn.Module, layouts: Mapping[str, Layout]) -> None:
+        """Give a divided model its first weights, where it was built without."""
+        plain = skeleton(task)
+        assert plain is not None
+        initialise(model, plain, layouts, task.seed)
+
+
+def prepare(task: Task, context: Context) -> Prepared:
+    """Build the model and try it. Every rank has to call this.
+
+    Raises:
+        UsageError: it neither fits nor runs without memory.
+        TaskError: the loss is no mean over samples.
+        ModelError: the model or the loss failed.
+    """
+    device = context.world.device
+    model = whole_or_skeleton(task, context)
+    micro = trial_batch(task, device)
+    if not next(model.parameters()).is_meta:
+        model = model.to(device)
+        unused = bool(unused_in_trial(task, Objective(task, device), model))
+        observed = observe(trial_model(task, model), Objective(task, device), micro)
+        return Prepared(model, observed, unused, micro.count)
+    objective = Objective(task, torch.device("meta"))
+    nowhere = place(micro.inputs, objective.device)
+    shown = type(micro)(nowhere, micro.target, micro.count, micro.total)
+    try:
+        observed = observe(model, objective, shown)
+    except (ModelError, NotImplementedError) as error:
+        raise UsageError(
+            f"the model does not fit on one host, and its forward cannot run without memory, on "
+            f"torch's meta device: {error}"
+        ) from error
+    return Prepared(model, observed, False, micro.count)
+
+
+def settle(model: nn.Module, device: torch.device) -> None:
+    """Give memory to what is left on the meta device of a divided model."""
+    for module in model.modules():
+        for key, value in module._parameters.items():
+            if value is not None and value.is_meta:
+                empty = torch.empty_like(value, device=device)
+                module._parameters[key] = nn.Parameter(empty, value.requires_grad)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+
+
+def in_turn(prepared: Prepared, least: int = 0) -> dict[str, Cut]:
+    """Columns for every layer, but rows for the second one of a pair."""
+    placement: dict[str, Cut] = {}
+    observed = prepared.observed
+    before = {after: name for name, after in observed.pairs.items()}
+    for name in ways(prepared.model, observed, least):
+        possible = splittable(prepared.model.get_submodule(name))
+        fused = placement.get(before.get(name, "")) == "column" and "row" in possible
+        placement[name] = "row" if fused else possible[0]
+    return placement

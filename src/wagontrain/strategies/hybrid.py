@@ -1,0 +1,151 @@
+"""The AlexNet hybrid ("one weird trick"): on the same workers, some layers are data parallel and
+others have their weights split.
+
+Layers with much compute and little weight (convolutions) see each rank's own samples, and their
+gradients are summed. Layers with much weight and little compute (fully connected ones, large
+embedding tables) are divided: every rank gives its activations to all, computes its columns or
+rows for all samples, and takes back the results of its own. Every layer takes and gives the
+rank's own samples at its border, so that any module works without being traced.
+
+    a column split sends, a rank and step:  2 (N - 1) / N · B · (d_in + d_out / N) · s bytes
+    replicating the layer instead:          2 (N - 1) / N · d_in · d_out · s
+
+with the global batch B: by traffic, splitting wins about where B < d_out.
+
+Source: Krizhevsky 2014, "One weird trick for parallelizing convolutional neural networks",
+section 4; Dean et al. 2012.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from wagontrain.axes import lay_out
+from wagontrain.errors import UsageError
+from wagontrain.mesh import World
+from wagontrain.replication import Buckets
+from wagontrain.split.border import Shards
+from wagontrain.split.divide import Cut, check_placement, divide, splittable, ways
+from wagontrain.split.plan import Prepared, in_turn, prepare, settle
+from wagontrain.strategy import Strategy
+from wagontrain.synchronous import Synchronous
+from wagontrain.task import Task
+from wagontrain.transport import Context
+
+
+@dataclass(frozen=True)
+class Hybrid(Strategy):
+    """Settings of the hybrid.
+
+    Args:
+        placement: layer -> "column", "row" or "whole" (data parallel); "auto" splits a layer
+            where that sends fewer bytes than summing its gradients, "all" every one that can be.
+        bucket_mb: MiB of gradients that travel together.
+    """
+
+    placement: Literal["auto", "all"] | dict[str, Cut] = "auto"
+    bucket_mb: float | None = None
+
+    name: ClassVar[str] = "hybrid"
+    summary: ClassVar[str] = "convolutions data parallel, heavy layers split (one weird trick)"
+
+    @property
+    def exact(self) -> bool:
+        """Always."""
+        return True
+
+    def check(self, task: Task, world: World) -> None:
+        """Refuse more workers than samples in a batch.
+
+        Raises:
+            UsageError: some would never have one.
+        """
+        if world.size > task.batch_size:
+            raise UsageError(
+                f"{world.size} workers cannot share a batch of {task.batch_size}: use at most "
+                f"{task.batch_size} workers, a larger batch_size, or split-weights"
+            )
+
+    def setup(self, task: Task, context: Context) -> HybridRunner:
+        """Build the model and leave each rank its part."""
+        return HybridRunner(self, task, context)
+
+
+class HybridRunner(Synchronous):
+    """The hybrid at work on one rank."""
+
+    def __init__(self, strategy: Hybrid, task: Task, context: Context) -> None:
+        prepared = prepare(task, context)
+        model, world = prepared.model, context.world
+        self.axes = axes = lay_out(context, world.size)
+        if strategy.placement == "auto":
+            placement = by_traffic(prepared, task.batch_size, world.size)
+        elif strategy.placement == "all":
+            placement = in_turn(prepared)
+        else:
+            placement = strategy.placement
+            check_placement(model, placement, prepared.observed)
+        divided = divide(
+            model, placement if world.size > 1 else {}, prepared.observed, Shards(axes.model),
+            axes, world.device,
+        )  # fmt: skip
+        if prepared.bare:
+            settle(model, world.device)
+            prepared.fill(task, model, divided.layouts)
+        super().__init__(task, context, model, divided.layouts)
+        self.open.push(divided.undo)
+        trained = {name for name, value in model.named_parameters() if value.requires_grad}
+        if trained - divided.parts:
+            buckets = Buckets(strategy.bucket_mb, prepared.unused, apart=divided.parts)
+            self.replicate(self.data, buckets)
+
+    def close(self) -> None:
+        """Put the plain layers' forwards back; their weights stay divided."""
+        super().close()
+        self.axes.close()
+
+
+def by_traffic(prepared: Prepared, batch_size: int, ranks: int) -> dict[str, Cut]:
+    """Split where that sends less than summing gradients would; the two of a pair together."""
+    model, observed = prepared.model, prepared.observed
+    placement: dict[str, Cut] = {}
+    names = ways(model, observed, 0)
+    for name in names:
+        if name in placement:
+            continue
+        layer = model.get_submodule(name)
+        rows = batch_size * _rows(layer, observed.shapes[name]) / prepared.samples
+        cut, sent = _cheapest(layer, rows, ranks)
+        after = observed.pairs.get(name)
+        if after in names and observed.once(name) and observed.once(after):
+            follower = model.get_submodule(after)
+            both = rows * (layer.in_features + follower.out_features)
+            if both < sent + _cheapest(follower, rows, ranks)[1]:
+                placement |= {name: "column", after: "row"}
+                continue
+        placement[name] = cut
+    return placement
+
+
+def _rows(layer: nn.Module, shape: tuple[int, ...]) -> int:
+    """Rows that a layer worked on: what it was given, less its features."""
+    return math.prod(shape[:-1]) if isinstance(layer, nn.Linear) else math.prod(shape)
+
+
+def _cheapest(layer: nn.Module, rows: float, ranks: int) -> tuple[Cut, float]:
+    """How to hold a layer, and numbers sent for it, but for a factor that all ways share."""
+    replicated = float(sum(value.numel() for value in layer.parameters(recurse=False)))
+    found: list[tuple[float, Cut]] = [(replicated, "whole")]
+    if isinstance(layer, nn.Linear):
+        found.append((rows * (layer.in_features + layer.out_features / ranks), "column"))
+        found.append((rows * (layer.in_features / ranks + layer.out_features), "row"))
+    elif isinstance(layer, nn.Embedding) and splittable(layer):
+        if layer.sparse:  # only what was touched is summed, gathered from everybody
+            found[0] = (rows * layer.embedding_dim * ranks / 2, "whole")
+        found.append((rows * layer.embedding_dim, "row"))
+    sent, cut = min(found)
+    return cut, sent

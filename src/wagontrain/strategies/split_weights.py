@@ -1,0 +1,104 @@
+"""Split weights (DistBelief): every layer's weights are divided over machines.
+
+All ranks of a row of the mesh see the same samples; each holds some columns or rows of every
+layer that is worth it, and only activations that cross a border travel. Columns followed by rows
+need no exchange in between; the last layer's scores stay divided, and the loss is computed from
+the parts. What `degree` leaves of the world is data parallel.
+
+    columns then rows, per pair and step:   2 · 2 (N - 1) / N · B · d · s bytes
+                                            (the sum forward, the input's gradient backward)
+
+Limits: what travels grows with the batch, and every layer waits for the slowest rank.
+
+Source: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 3; Shoeybi et al.
+2019, "Megatron-LM", section 3 (columns then rows, the split softmax).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from wagontrain.axes import check_degree, lay_out
+from wagontrain.errors import UsageError
+from wagontrain.mesh import World
+from wagontrain.replication import Buckets
+from wagontrain.split.border import Replicated
+from wagontrain.split.divide import Cut, check_placement, divide
+from wagontrain.split.plan import in_turn, prepare, settle
+from wagontrain.strategy import Strategy
+from wagontrain.synchronous import Synchronous
+from wagontrain.task import Task
+from wagontrain.transport import Context
+
+
+@dataclass(frozen=True)
+class SplitWeights(Strategy):
+    """Settings of split weights.
+
+    Args:
+        degree: ranks that divide the weights between them; all where not given. The rest of the
+            world is data parallel.
+        placement: layer -> "column", "row" or "whole"; "auto" splits every layer of at least
+            `least` parameters, columns and rows in turn where nothing else lies between.
+        least: parameters that make a layer worth splitting with placement "auto".
+    """
+
+    degree: int | None = None
+    placement: Literal["auto"] | dict[str, Cut] = "auto"
+    least: int = 0
+
+    name: ClassVar[str] = "split-weights"
+    summary: ClassVar[str] = "weights divided over workers, activations travel (DistBelief)"
+
+    @property
+    def exact(self) -> bool:
+        """Always."""
+        return True
+
+    def check(self, task: Task, world: World) -> None:
+        """Refuse a degree that does not divide the world, and more rows than samples.
+
+        Raises:
+            UsageError: one of these.
+        """
+        check_degree(self.degree, world.size)
+        rows = world.size // (self.degree or world.size)
+        if rows > task.batch_size:
+            raise UsageError(
+                f"{world.size} workers of degree {self.degree} make {rows} rows that cannot share "
+                f"a batch of {task.batch_size}: give a higher degree"
+            )
+
+    def setup(self, task: Task, context: Context) -> SplitWeightsRunner:
+        """Build the model and leave each rank its part."""
+        return SplitWeightsRunner(self, task, context)
+
+
+class SplitWeightsRunner(Synchronous):
+    """Split weights at work on one rank."""
+
+    def __init__(self, strategy: SplitWeights, task: Task, context: Context) -> None:
+        prepared = prepare(task, context)
+        model, device = prepared.model, context.world.device
+        self.axes = axes = lay_out(context, strategy.degree or context.world.size)
+        if strategy.placement == "auto":
+            placement = in_turn(prepared, strategy.least)
+        else:
+            placement = strategy.placement
+            check_placement(model, placement, prepared.observed)
+        divided = divide(
+            model, placement if axes.model.size > 1 else {}, prepared.observed,
+            Replicated(axes.model), axes, device, prepared.last,
+        )  # fmt: skip
+        if prepared.bare:
+            settle(model, device)
+            prepared.fill(task, model, divided.layouts)
+        super().__init__(task, context, model, divided.layouts, data=axes.data)
+        self.open.push(divided.undo)
+        self.replicate(axes.data, Buckets(unused=prepared.unused))
+
+    def close(self) -> None:
+        """Put the plain layers' forwards back; their weights stay divided."""
+        super().close()
+        self.axes.close()
