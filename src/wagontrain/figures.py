@@ -61,7 +61,7 @@ class GatheredFigures(Figures):
         total = torch.stack(weighted).sum() if weighted else loss.new_zeros(())
         figures = torch.cat([total.view(1), total.new_tensor(times)])
         self._pending = self._context.gather_later(figures)
-        loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
+        loss.backward(loss.new_tensor(scale))
 
     def result(self) -> list[list[float]]:
         """What was gathered."""

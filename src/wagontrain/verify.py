@@ -236,7 +236,7 @@ def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int)
         for batch in stretch(run.training, first_step(task, steps), steps):
             loss = run.step(batch).loss
             losses.append(math.nan if loss is None else loss)
-        trace = Trace.of(losses, run.model, run.runner.state_dict()["model"])
+        trace = Trace.of(losses, task.build_model(), run.runner.state_dict()["model"])
         run.close()
     return trace
 
