@@ -114,6 +114,9 @@ class Synchronous(Runner):
         """Around the passes of a micro-batch: exchange gradients in the last one's only."""
         return self.replication.holding(last) if self.replication else contextlib.nullcontext()
 
+    def passed(self, micro: MicroBatch, total: float) -> None:
+        """Called when a micro-batch has gone forward and backward: for strategies to fill in."""
+
     def exchange(self) -> None:
         """Exchange what the backward pass did not: for strategies to fill in."""
 
@@ -191,6 +194,7 @@ class Synchronous(Runner):
                     if joined:
                         joined.begin()
                     self.figures.backward(loss, scale, part, self.times_before())
+            self.passed(micro, total)
         return total
 
     def _loss(self, micro: MicroBatch, weight: float) -> Tensor:

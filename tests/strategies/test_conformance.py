@@ -55,7 +55,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "data-parallel": [{}, {"bucket_mb": 0.0001}],
     "sharded": [{"least": 8}, {"stage": 2}, {"stage": 1}],
     "split-weights": [{}, {"degree": 2}],
-    "hybrid": [{"placement": "all"}, {}],
+    "hybrid": [{"placement": "all"}, {}, {"placement": "all", "chunks": 3}],
 }
 HOW = [("momentum", "plain"), ("adam", "clip"), ("momentum", "accumulate"), ("adam", "scheduler")]
 

@@ -18,7 +18,7 @@ samples (rows), dim 1 features or channels; others may follow.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wagontrain.axes import Axis, exchange, start_exchange
+from wagontrain.mesh import even_shares, ranges
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,14 @@ class Shards(Border):
 
     Args:
         axis: the ranks that the weights are divided over.
-        rows: how many rows each of them has, in this pass.
+        chunks: pieces in which each rank's samples travel: while one is computed on, the next
+            is on its way (Krizhevsky 2014, scheme (c)).
+        rows: how many rows each rank has, in this pass.
     """
 
-    def __init__(self, axis: Axis, rows: Sequence[int] = ()) -> None:
+    def __init__(self, axis: Axis, chunks: int = 1, rows: Sequence[int] = ()) -> None:
         super().__init__(axis)
+        self.chunks = chunks
         self.rows = list(rows)
 
     def opened(self, rows: int) -> Border:
@@ -127,7 +131,41 @@ class Shards(Border):
         own = torch.tensor([rows], device=device)
         found = [torch.empty_like(own) for _ in self.axis.ranks]
         dist.all_gather(found, own, group=self.axis.side)
-        return Shards(self.axis, [int(each) for each in found])
+        return Shards(self.axis, self.chunks, [int(each) for each in found])
+
+    @property
+    def pieces(self) -> list[Tensor]:
+        """Rows of each chunk, among the rows of all ranks: every rank's part of it."""
+        found: list[list[Tensor]] = [[] for _ in range(self.chunks)]
+        for whole in ranges(self.rows):
+            for part, piece in zip(
+                ranges(even_shares(len(whole), self.chunks), whole.start), found, strict=True
+            ):
+                piece.append(torch.arange(part.start, part.stop))
+        return [torch.cat(parts) for parts in found]
+
+    def gather_chunks(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunk by chunk, (which of all rows, those rows), all of them on their way at once."""
+        sizes = [even_shares(rows, self.chunks) for rows in self.rows]
+        coming = [
+            start_exchange(
+                self.axis,
+                [part.contiguous()] * self.axis.size,
+                [(each[number], *x.shape[1:]) for each in sizes],
+            )
+            for number, part in enumerate(x.split(sizes[self.axis.index]))
+        ]
+        for places, parts in zip(self.pieces, coming, strict=True):
+            yield places.to(x.device), torch.cat(parts())
+
+    def return_chunk(self, number: int, gradient: Tensor) -> Coming:
+        """The reverse for one chunk: [rows of the chunk, features] -> [own rows of it, ...]."""
+        sizes = [even_shares(rows, self.chunks)[number] for rows in self.rows]
+        own = sizes[self.axis.index]
+        coming = start_exchange(
+            self.axis, list(gradient.split(sizes)), [(own, *gradient.shape[1:])] * self.axis.size
+        )
+        return Coming(lambda: _added(coming()))
 
     def gather(self, x: Tensor) -> Tensor:
         parts = exchange(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wagontrain.batches import mix
-from wagontrain.split.border import Border, EnterRows, LeaveColumns, Total
+from wagontrain.split.border import Border, EnterRows, LeaveColumns, Shards, Total
 
 
 class ColumnProduct(torch.autograd.Function):
@@ -48,6 +48,37 @@ class ColumnProduct(torch.autograd.Function):
         of_weight = gradient.T @ x if ctx.needs_input_grad[1] else None
         of_bias = gradient.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
         return (coming.get() if coming else None), of_weight, of_bias, None
+
+
+class ChunkedProduct(torch.autograd.Function):
+    """`ColumnProduct` in chunks: what one computes hides what the next one sends."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, border: Shards) -> Tensor:
+        rows = sum(border.rows)
+        whole = x.new_empty(rows, x.shape[1])
+        result = x.new_empty(rows, len(weight))
+        for places, part in border.gather_chunks(x):
+            whole[places] = part
+            result[places] = F.linear(part, weight, bias)
+        ctx.save_for_backward(whole, weight)
+        ctx.border, ctx.biased = border, bias is not None
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        coming = []
+        if ctx.needs_input_grad[0]:
+            for number, places in enumerate(ctx.border.pieces):
+                part = gradient[places.to(gradient.device)] @ weight
+                coming.append(ctx.border.return_chunk(number, part))
+        of_weight = gradient.T @ x if ctx.needs_input_grad[1] else None
+        of_bias = gradient.sum(0) if ctx.biased and ctx.needs_input_grad[2] else None
+        of_x = torch.cat([part.get() for part in coming]) if coming else None
+        return of_x, of_weight, of_bias, None
 
 
 class Region:
@@ -111,7 +142,9 @@ class Columns:
         flat = as_rows(x)
         border = self.border.opened(len(flat))
         weight, bias = as_precise(flat, self.layer.weight), as_precise(flat, self.layer.bias)
-        y: Tensor = ColumnProduct.apply(flat.to(weight.dtype), weight, bias, border)
+        chunked = isinstance(border, Shards) and border.chunks > 1
+        product: Any = ChunkedProduct if chunked else ColumnProduct
+        y: Tensor = product.apply(flat.to(weight.dtype), weight, bias, border)
         return border, y
 
 

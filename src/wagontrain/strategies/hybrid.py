@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from wagontrain.axes import lay_out
+from wagontrain.batches import MicroBatch
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.replication import Buckets
@@ -44,19 +45,29 @@ class Hybrid(Strategy):
     Args:
         placement: layer -> "column", "row" or "whole" (data parallel); "auto" splits a layer
             where that sends fewer bytes than summing its gradients, "all" every one that can be.
-        bucket_mb: MiB of gradients that travel together.
+        bucket_mb: MiB of replicated gradients that travel together.
+        chunks: pieces in which activations come to a layer split by columns, so that computing on
+            one hides the transfer of the next: scheme (c) of the paper; 1 is scheme (a).
+        variable_batch: update split layers after every micro-batch of `Task.accumulate`, and the
+            others once per batch. Other mathematics: relaxed.
     """
 
     placement: Literal["auto", "all"] | dict[str, Cut] = "auto"
     bucket_mb: float | None = None
+    chunks: int = 1
+    variable_batch: bool = False
 
     name: ClassVar[str] = "hybrid"
     summary: ClassVar[str] = "convolutions data parallel, heavy layers split (one weird trick)"
 
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise UsageError(f"chunks is {self.chunks}: give 1 or more")
+
     @property
     def exact(self) -> bool:
-        """Always."""
-        return True
+        """True unless split layers are updated more often than the others."""
+        return not self.variable_batch
 
     def check(self, task: Task, world: World) -> None:
         """Refuse more workers than samples in a batch.
@@ -68,6 +79,16 @@ class Hybrid(Strategy):
             raise UsageError(
                 f"{world.size} workers cannot share a batch of {task.batch_size}: use at most "
                 f"{task.batch_size} workers, a larger batch_size, or split-weights"
+            )
+        if self.variable_batch and task.accumulate == 1:
+            raise UsageError(
+                "variable_batch updates split layers after every micro-batch, but the batch is "
+                "not cut into any: give Task.accumulate of 2 or more"
+            )
+        if self.variable_batch and (task.clip_grad_norm is not None or task.weight is not None):
+            raise UsageError(
+                "variable_batch knows no gradient of the whole batch to clip, and counts samples: "
+                "leave out Task.clip_grad_norm and Task.weight, or variable_batch"
             )
 
     def setup(self, task: Task, context: Context) -> HybridRunner:
@@ -89,19 +110,41 @@ class HybridRunner(Synchronous):
         else:
             placement = strategy.placement
             check_placement(model, placement, prepared.observed)
-        divided = divide(
-            model, placement if world.size > 1 else {}, prepared.observed, Shards(axes.model),
-            axes, world.device,
-        )  # fmt: skip
+        border = Shards(axes.model, strategy.chunks)
+        placement = placement if world.size > 1 else {}
+        divided = divide(model, placement, prepared.observed, border, axes, world.device)
         if prepared.bare:
             settle(model, world.device)
             prepared.fill(task, model, divided.layouts)
         super().__init__(task, context, model, divided.layouts)
         self.open.push(divided.undo)
+        self._at_once = [
+            value
+            for name, value in model.named_parameters()
+            if strategy.variable_batch and name in divided.parts
+        ]
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
         if trained - divided.parts:
             buckets = Buckets(strategy.bucket_mb, prepared.unused, apart=divided.parts)
             self.replicate(self.data, buckets)
+
+    def passed(self, micro: MicroBatch, total: float) -> None:
+        """With a variable batch, update the split layers from this micro-batch alone."""
+        if not self._at_once:
+            return
+        own = set(self._at_once)
+        others = [value for value in self.update.parameters if value not in own]
+        kept = [value.grad for value in others]
+        for value in others:
+            value.grad = None
+        for value in self._at_once:
+            if value.grad is not None:  # from a sum over the batch to a mean over this part
+                value.grad.mul_(total / micro.total)
+        self.update.optimizer.step()
+        for value in self._at_once:
+            value.grad = None
+        for value, gradient in zip(others, kept, strict=True):
+            value.grad = gradient
 
     def close(self) -> None:
         """Put the plain layers' forwards back; their weights stay divided."""
