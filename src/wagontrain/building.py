@@ -190,5 +190,5 @@ def require_room(task: Task, context: Context) -> None:
 
 
 def gigabytes(count: int) -> str:
-    """A number of bytes in 10⁹, to two digits."""
-    return f"{count / 1e9:.2g}" if count < 10**10 else f"{count / 1e9:.0f}"
+    """A number of bytes in 10⁹."""
+    return f"{count / 1e9:.2f}" if count < 10**10 else f"{count / 1e9:.0f}"

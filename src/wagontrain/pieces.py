@@ -34,7 +34,8 @@ from wagontrain.errors import TrainingError
 from wagontrain.layout import Layout
 from wagontrain.task import origin
 
-_PART_BYTES = 256 * 2**20
+# Writing a file takes three times its size in memory.
+_PART_BYTES = 64 * 2**20
 
 
 class Pieces:

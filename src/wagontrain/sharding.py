@@ -24,6 +24,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wagontrain.axes import Axis, start_exchange
 
 
+# Units whose gradients may be on their way at a time: each holds twice its size in memory.
+_IN_FLIGHT = 2
+
+
 class _Arriving(dist.Work):
     """What FSDP2 waits for."""
 
@@ -90,16 +94,21 @@ class DirectReduceScatter(_Memory, ReduceScatter):
         parts = list(input_tensor.view(self.axis.size, -1))
         shapes = [tuple(output_tensor.shape)] * self.axis.size
         self._coming.append((output_tensor, start_exchange(self.axis, parts, shapes)))
+        while len(self._coming) > _IN_FLIGHT:
+            self._finish_first()
         return None
 
     def finish(self) -> None:
         """Add up what has come; waits for the rest."""
-        for output, coming in self._coming:
-            first, *others = coming()
-            output.copy_(first)
-            for part in others:
-                output += part
-        self._coming.clear()
+        while self._coming:
+            self._finish_first()
+
+    def _finish_first(self) -> None:
+        output, coming = self._coming.pop(0)
+        first, *others = coming()
+        output.copy_(first)
+        for part in others:
+            output += part
 
 
 def units(model: nn.Module, least: int) -> list[nn.Module]:

@@ -28,17 +28,14 @@ class Prepared:
         observed: what a forward pass showed.
         unused: whether some parameter got no gradient in a trial.
         samples: how many samples the trial had.
+        bare: whether it was built without memory.
     """
 
     model: nn.Module
     observed: Observed
     unused: bool
     samples: int
-
-    @property
-    def bare(self) -> bool:
-        """Whether the weights are not there yet."""
-        return next(self.model.parameters()).is_meta
+    bare: bool
 
     @property
     def last(self) -> str | None:
@@ -70,7 +67,7 @@ def prepare(task: Task, context: Context) -> Prepared:
         model = model.to(device)
         unused = bool(unused_in_trial(task, Objective(task, device), model))
         observed = observe(trial_model(task, model), Objective(task, device), micro)
-        return Prepared(model, observed, unused, micro.count)
+        return Prepared(model, observed, unused, micro.count, bare=False)
     objective = Objective(task, torch.device("meta"))
     nowhere = place(micro.inputs, objective.device)
     shown = type(micro)(nowhere, micro.target, micro.count, micro.total)
@@ -81,7 +78,7 @@ def prepare(task: Task, context: Context) -> Prepared:
             f"the model does not fit on one host, and its forward cannot run without memory, on "
             f"torch's meta device: {error}"
         ) from error
-    return Prepared(model, observed, False, micro.count)
+    return Prepared(model, observed, False, micro.count, bare=True)
 
 
 def settle(model: nn.Module, device: torch.device) -> None:
