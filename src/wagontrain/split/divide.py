@@ -146,7 +146,7 @@ def divide(
                 )  # fmt: skip
             else:
                 layouts[full] = Layout(shape, dim, (mine,), owner=axes.data.index == 0)
-                part = remade[id(parameter)] = _part(parameter, layouts[full], device)
+                part = remade[id(parameter)] = part_of(parameter, layouts[full], device)
                 layer._parameters[key] = part
             parts.add(full)
         forward = _forward(layer, name, cut, border, axis, regions, name == last, state)
@@ -156,7 +156,8 @@ def divide(
     return Divided(layouts, parts, undo)
 
 
-def _part(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn.Parameter:
+def part_of(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn.Parameter:
+    """A rank's part of a parameter, with memory; its numbers too, where the whole one has them."""
     if parameter.is_meta:
         content = torch.empty(layout.local_shape, dtype=parameter.dtype, device=device)
     else:
