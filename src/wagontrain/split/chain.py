@@ -48,13 +48,14 @@ def find(model: nn.Module, observed: Observed, ranks: int, whole: Collection[str
     Raises:
         UsageError: not even the first layer can; says why.
     """
-    name = observed.layers[0] if observed.layers else ""
-    visit = next((each for each in observed.visits if each.leaf == name), None)
-    if visit is None or type(model.get_submodule(name)) not in CONVOLUTIONS:
-        kind = type(model.get_submodule(name)).__name__
+    called = (each for each in observed.visits if each.leaf in observed.layers)
+    visit = next(called, None)
+    name = visit.leaf if visit else ""
+    first = model.get_submodule(name)
+    if visit is None or type(first) not in CONVOLUTIONS:
         raise UsageError(
             f"strips begin with a convolution, but the first layer that the model calls is "
-            f"{name!r} ({kind}): leave strips off"
+            f"{name!r} ({type(first).__name__}): leave strips off"
         )
     why = _unfit(model, visit, observed, ranks, whole)
     if why:

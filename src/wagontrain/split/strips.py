@@ -91,6 +91,8 @@ class Strips:
             if isinstance(self._layers[self._at - 1], nn.AdaptiveAvgPool2d):
                 return self._end(self._mean(wide))
             y = compute(wide)
+            if not getattr(self._layers[self._at - 1], "count_include_pad", True):
+                y = y / compute(self._inside(wide))  # padding does not count in its averages
             return y if self._at < len(names) else self._end(self._joined(y))
 
         return forward
@@ -135,6 +137,14 @@ class Strips:
         result: Tensor = Widen.apply(x, self.axis, halo, fill)  # type: ignore[no-untyped-call]
         return result
 
+    def _inside(self, wide: Tensor) -> Tensor:
+        """1 where a layer's input is part of the image, and 0 where it is padding."""
+        halo = self._plan[self._at - 1]
+        needed, image = halo.needed[self.axis.index], range(halo.owned[-1].stop)
+        result = torch.zeros_like(wide[:1, :1])
+        rows_of(result, common(needed, image), needed).fill_(1)
+        return result
+
     def _joined(self, y: Tensor) -> Tensor:
         result: Tensor = Join.apply(y, self.axis, self._plan[-1].owned)  # type: ignore[no-untyped-call]
         return result
@@ -176,6 +186,7 @@ def computing(layer: Any) -> Callable[[Tensor], Tensor]:
         return F.max_pool2d(x, layer.kernel_size, layer.stride, (0, left), layer.dilation)
 
     def average(x: Tensor) -> Tensor:
+        # With padding to the left and right that counts: what does not is taken out afterwards.
         return F.avg_pool2d(
             x, layer.kernel_size, layer.stride, (0, left), divisor_override=layer.divisor_override
         )
