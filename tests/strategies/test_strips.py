@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,9 +84,24 @@ def convolutions_only() -> nn.Module:
     )  # fmt: skip
 
 
+def dropping() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.Dropout(0.5), nn.Conv2d(4, 4, 3, padding=1),
+        nn.MaxPool2d(6), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 3),
+    )  # fmt: skip
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     function.__name__: function
-    for function in (max_pooled, average_pooled, normed, unshared, Reused, convolutions_only)
+    for function in (
+        max_pooled,
+        average_pooled,
+        normed,
+        unshared,
+        Reused,
+        convolutions_only,
+        dropping,
+    )
 }
 
 
@@ -137,3 +153,142 @@ def test_trains_as_one_process(
         strategy = wt.make_strategy("split-weights")
         verdict = verify.compare(trace, reference, strategy, size, "float64")
         assert verdict.passed, verdict
+
+
+def test_each_rank_holds_the_unshared_weights_of_its_rows(gang: Gang) -> None:
+    found = gang.run(3, trained, {}, "unshared", "momentum", "plain")
+    rows = [(held["2.weight"][0], held["2.bias"][0], held["4.weight"][0]) for _, held, _ in found]
+    assert rows == [(3, 3, 2), (2, 2, 2), (2, 2, 1)]
+    assert all(held["0.weight"] == (3, 2, 3, 3) for _, held, _ in found)
+
+
+def test_validation_is_that_of_one_process(gang: Gang) -> None:
+    (_, _, alone), *_ = gang.run(1, trained, {}, "normed", "momentum", "plain")
+    for _, _, values in gang.run(3, trained, {}, "normed", "momentum", "plain"):
+        assert values == pytest.approx(alone, abs=1e-9)
+
+
+def stretch(context: Context, settings: dict[str, Any], steps: range, state: Any) -> Any:
+    """Some of the steps of a training, from a state; the losses, and the state at its end."""
+    strategy = wt.make_strategy("split-weights", {"strips": True, **settings})
+    with verify.computing_in("float64"):
+        task, _ = verify.prepared(task_of("unshared", "adam"), "float64")
+        with wt.Run(task, strategy, context) as run:
+            if state is not None:
+                run.runner.load_state_dict(state)
+            batches = [batch for batch in run.batches() if batch.step in steps]
+            losses = [run.runner.step(batch).loss for batch in batches]
+            state = run.runner.state_dict()
+            run.close()
+    return losses, state
+
+
+def test_another_number_of_ranks_takes_up_the_state(gang: Gang) -> None:
+    first, state = gang.run(4, stretch, {"degree": 2}, range(3), None)[0]
+    second, _ = gang.run(3, stretch, {}, range(3, STEPS), state)[0]
+    reference = expected("unshared", "adam", "plain").losses
+    assert [*first, *second] == pytest.approx(reference, abs=1e-9)
+
+
+def dropped(context: Context) -> list[list[Tensor]]:
+    """What a dropout on strips made of ones, in the two micro-batches of a step."""
+    task = task_of("dropping", "momentum", "accumulate")
+    strategy = wt.make_strategy("split-weights", {"strips": True})
+    seen: list[Tensor] = []
+    with wt.Run(task, strategy, context) as run:
+        with torch.no_grad():
+            run.model[0].weight.zero_()
+            run.model[0].bias.fill_(1)
+        run.model[1].register_forward_hook(lambda *call: seen.append(call[2].detach().clone()))
+        for batch in run.batches():
+            run.step(batch)
+            run.runner.check_replicas()  # behind the strips all have drawn alike
+        run.close()
+    return seen[:2]
+
+
+def test_ranks_draw_for_their_own_strips(gang: Gang) -> None:
+    (one, again), (other, _) = gang.run(2, dropped)
+    assert (len(one[0, 0]), len(other[0, 0])) == (7, 6)
+    assert not one[:, :, :6].equal(other)
+    assert not one.equal(again)
+
+
+def sent_by(context: Context, pooled: bool) -> list[Any]:
+    """Bytes of each step with three convolutions of 8 channels on images of 64 x 96."""
+    tail = [nn.AdaptiveAvgPool2d(1)] if pooled else [nn.MaxPool2d(8)]
+    data = TensorDataset(numbers(8, 1, 64, 96), classes(8, 3))
+    task = wt.Task(
+        model=lambda: nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 5, padding=2), nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1), *tail, nn.Flatten(), nn.Linear(8 if pooled else 768, 3),
+        ),
+        loss=F.cross_entropy, optimizer=OPTIMIZERS["momentum"], train=data, batch_size=4, epochs=2,
+    )  # fmt: skip
+    strategy = wt.make_strategy("split-weights", {"strips": True, "placement": {}})
+    with wt.Run(task, strategy, context) as run:
+        sent = [run.step(batch).sent for batch in run.batches()]
+        run.close()
+    return sent
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_bytes_are_those_of_the_formula(gang: Gang, pooled: bool) -> None:
+    ranks, width, channels, batch = 4, 96, 8, 4
+    row = width * channels * batch * 4
+    halos = 2 * (2 + 1) * row  # forward and backward, 5 x 5 and 3 x 3
+    weights = (8 * 9 + 8) + (64 * 25 + 8) + (64 * 9 + 8)
+    summed = 2 * (ranks - 1) / ranks * weights * 4
+    gathered = 0 if pooled else (ranks - 1) * channels * batch * 4 * 2 * 12
+    for rank, sent in enumerate(gang.run(ranks, sent_by, pooled)):
+        neighbours = 1 if rank in (0, ranks - 1) else 2
+        expected_bytes = neighbours * halos + summed + gathered
+        assert sent[1:] == pytest.approx([expected_bytes] * 3, rel=0.2)
+
+
+def refused(context: Context, model: Callable[[], nn.Module], settings: dict[str, Any]) -> str:
+    task = wt.Task(
+        model=model, loss=F.cross_entropy, optimizer=OPTIMIZERS["momentum"], batch_size=2,
+        train=TensorDataset(numbers(4, 1, 6, 6), classes(4, 3)), epochs=1,
+    )  # fmt: skip
+    strategy = wt.make_strategy("split-weights", {"strips": True, **settings})
+    with pytest.raises(wt.UsageError) as failure, wt.Run(task, strategy, context):
+        pass
+    return str(failure.value)
+
+
+def starting(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(18, 3))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(1, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x).mean((2, 3)) + self.one.weight.sum()
+
+
+class Twice(Tied):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x).mean((2, 3)) + self.one(x + 1).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "said"),
+    [
+        (partial(nn.Sequential, nn.Flatten(), nn.Linear(36, 3)), {}, "begin with a convolution"),
+        (partial(starting, nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular")), {}, "circular"),
+        (partial(starting, nn.Conv2d(1, 2, 4)), {}, "makes 3 rows of 6, fewer than one for each"),
+        (partial(starting, nn.Conv2d(1, 2, 3)), {"placement": {"0": "column"}}, "placement has"),
+        (Tied, {}, "used by other code than its own forward"),
+        (Twice, {}, "called several times"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(
+    gang: Gang, model: Any, settings: dict[str, Any], said: str
+) -> None:
+    for message in gang.run(4, refused, model, settings):
+        assert said in message
+        assert "\n" not in message
