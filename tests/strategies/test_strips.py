@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import signal
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,8 @@ from tests.gang import Gang
 from tests.problems import OPTIMIZERS, VARIANTS, classes, numbers
 from wagontrain import verify
 from wagontrain.reference import Trace, train_plainly
+from wagontrain.testbed.bed import Bed, Shape
+from wagontrain.testbed.run import run
 from wagontrain.transport import Context
 
 SAMPLES, BATCH, STEPS = 10, 4, 6  # the last of three batches has 2
@@ -124,14 +129,16 @@ def trained(context: Context, settings: dict[str, Any], *problem: str) -> Any:
     strategy = wt.make_strategy("split-weights", {"strips": True, **settings})
     with verify.computing_in("float64"):
         task, _ = verify.prepared(task_of(*problem), "float64")
-        with wt.Run(task, strategy, context) as run:
-            losses = [run.step(batch).loss for batch in run.batches()]
-            run.runner.check_replicas()
-            values = run.validate()
-            held = {name: tuple(value.shape) for name, value in run.runner.model.named_parameters()}
-            state = run.runner.state_dict()["model"]
-            trace = Trace.of(losses, run.task.build_model(), state)
-            run.close()
+        with wt.Run(task, strategy, context) as training:
+            losses = [training.step(batch).loss for batch in training.batches()]
+            training.runner.check_replicas()
+            values = training.validate()
+            held = {
+                name: tuple(value.shape) for name, value in training.runner.model.named_parameters()
+            }
+            state = training.runner.state_dict()["model"]
+            trace = Trace.of(losses, training.task.build_model(), state)
+            training.close()
     return trace, held, values
 
 
@@ -173,13 +180,13 @@ def stretch(context: Context, settings: dict[str, Any], steps: range, state: Any
     strategy = wt.make_strategy("split-weights", {"strips": True, **settings})
     with verify.computing_in("float64"):
         task, _ = verify.prepared(task_of("unshared", "adam"), "float64")
-        with wt.Run(task, strategy, context) as run:
+        with wt.Run(task, strategy, context) as training:
             if state is not None:
-                run.runner.load_state_dict(state)
-            batches = [batch for batch in run.batches() if batch.step in steps]
-            losses = [run.runner.step(batch).loss for batch in batches]
-            state = run.runner.state_dict()
-            run.close()
+                training.runner.load_state_dict(state)
+            batches = [batch for batch in training.batches() if batch.step in steps]
+            losses = [training.runner.step(batch).loss for batch in batches]
+            state = training.runner.state_dict()
+            training.close()
     return losses, state
 
 
@@ -195,15 +202,15 @@ def dropped(context: Context) -> list[list[Tensor]]:
     task = task_of("dropping", "momentum", "accumulate")
     strategy = wt.make_strategy("split-weights", {"strips": True})
     seen: list[Tensor] = []
-    with wt.Run(task, strategy, context) as run:
+    with wt.Run(task, strategy, context) as training:
         with torch.no_grad():
-            run.model[0].weight.zero_()
-            run.model[0].bias.fill_(1)
-        run.model[1].register_forward_hook(lambda *call: seen.append(call[2].detach().clone()))
-        for batch in run.batches():
-            run.step(batch)
-            run.runner.check_replicas()  # behind the strips all have drawn alike
-        run.close()
+            training.model[0].weight.zero_()
+            training.model[0].bias.fill_(1)
+        training.model[1].register_forward_hook(lambda *call: seen.append(call[2].detach().clone()))
+        for batch in training.batches():
+            training.step(batch)
+            training.runner.check_replicas()  # behind the strips all have drawn alike
+        training.close()
     return seen[:2]
 
 
@@ -226,9 +233,9 @@ def sent_by(context: Context, pooled: bool) -> list[Any]:
         loss=F.cross_entropy, optimizer=OPTIMIZERS["momentum"], train=data, batch_size=4, epochs=2,
     )  # fmt: skip
     strategy = wt.make_strategy("split-weights", {"strips": True, "placement": {}})
-    with wt.Run(task, strategy, context) as run:
-        sent = [run.step(batch).sent for batch in run.batches()]
-        run.close()
+    with wt.Run(task, strategy, context) as training:
+        sent = [training.step(batch).sent for batch in training.batches()]
+        training.close()
     return sent
 
 
@@ -292,3 +299,49 @@ def test_what_cannot_be_cut_is_refused(
     for message in gang.run(4, refused, model, settings):
         assert said in message
         assert "\n" not in message
+
+
+TALL = """
+import sys
+from functools import partial
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import Dataset
+import wagontrain as wt
+
+class Tall(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.linspace(0, 1 + index, 4096 * 256).view(1, 4096, 256), index
+
+def convolutions():
+    first, second, third = (nn.Conv2d(c, 16, 3, padding=1) for c in (1, 16, 16))
+    return nn.Sequential(first, nn.ReLU(True), second, nn.ReLU(True), third, nn.ReLU(True),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
+
+task = wt.Task(model=convolutions, loss=F.cross_entropy, train=Tall(), batch_size=1,
+               optimizer=partial(torch.optim.SGD, lr=0.1))
+strategy = wt.make_strategy(*eval(sys.argv[1]))
+run = wt.connect(task, strategy)
+for batch in run.batches():
+    print("loss", run.step(batch).loss, flush=True)
+run.finish()
+"""
+
+
+@pytest.mark.testbed
+def test_images_that_do_not_fit_on_one_host_train_in_strips(tmp_path: Path) -> None:
+    """Importing torch takes some 290 MB, the image's activations another 350."""
+    file = tmp_path / "tall.py"
+    file.write_text(TALL)
+    said: list[str] = []
+    with Bed.up(Shape(4, memory="550M")) as bed:
+        alone = bed.start(0, [sys.executable, str(file), "('data-parallel',)"])
+        assert alone.wait(120) == -signal.SIGKILL
+        chosen = "('split-weights', {'strips': True})"
+        ended = run(bed, [sys.executable, str(file), chosen], say=said.append, timeout=150)
+    assert ended.status == 0, said
+    assert len([line for line in said if "loss" in line]) == 8

@@ -204,7 +204,7 @@ def divide_rows(model: nn.Module, chain: Chain, divided: Divided, axes: Axes, de
         for key, parameter in list(layer.named_parameters(recurse=False)):
             mine = ranges(even_shares(parameter.shape[0], axes.model.size))[axes.model.index]
             shape, owner = tuple(parameter.shape), axes.data.index == 0
-            full = f"{name}.{key}"
+            full = f"{name}.{key}".lstrip(".")
             layout = divided.layouts[full] = Layout(shape, 0, (mine,), owner=owner)
             layer._parameters[key] = part_of(parameter, layout, device)
             divided.parts.add(full)
@@ -213,7 +213,7 @@ def divide_rows(model: nn.Module, chain: Chain, divided: Divided, axes: Axes, de
 def shared_by(model: nn.Module, chain: Chain) -> set[str]:
     """Names of parameters whose gradients on each rank are those of its strip only."""
     return {
-        f"{name}.{key}"
+        f"{name}.{key}".lstrip(".")  # the model may be one layer, without a name
         for name in chain.layers
         if not isinstance(layer := model.get_submodule(name), LocallyConnected2d)
         for key, value in layer.named_parameters(recurse=False)
