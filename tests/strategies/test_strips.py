@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import signal
 import sys
@@ -175,6 +176,23 @@ def test_validation_is_that_of_one_process(gang: Gang) -> None:
         assert values == pytest.approx(alone, abs=1e-9)
 
 
+def in_half_precision(context: Context) -> list[float]:
+    """Losses of a training in bfloat16, on strips or on one process."""
+    task = dataclasses.replace(task_of("normed"), precision="bfloat16")
+    strategy = wt.make_strategy("split-weights", {"strips": True})
+    with wt.Run(task, strategy, context) as training:
+        losses = [training.step(batch).loss for batch in training.batches()]
+        training.runner.check_replicas()
+        training.close()
+    return losses
+
+
+def test_strips_of_half_precision(gang: Gang) -> None:
+    (alone,) = gang.run(1, in_half_precision)
+    for losses in gang.run(3, in_half_precision):
+        assert losses == pytest.approx(alone, rel=0.05)
+
+
 def stretch(context: Context, settings: dict[str, Any], steps: range, state: Any) -> Any:
     """Some of the steps of a training, from a state; the losses, and the state at its end."""
     strategy = wt.make_strategy("split-weights", {"strips": True, **settings})
@@ -299,6 +317,54 @@ def test_what_cannot_be_cut_is_refused(
     for message in gang.run(4, refused, model, settings):
         assert said in message
         assert "\n" not in message
+
+
+class Fickle(nn.Module):
+    """Calls its layers in another order after the trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(c, 2, 3, padding=1) for c in (1, 2, 2))
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += x.device.type != "meta"
+        x = self.one(x)
+        x = self.three(self.two(x)) if self.passes < 2 else self.two(self.three(x))
+        return x.mean((2, 3))
+
+
+def other_images(context: Context) -> tuple[list[Tensor], list[str]]:
+    """Results for images of other heights than in training, and what is said of bad ones."""
+    results, said = [], []
+    task = task_of("convolutions_only")
+    strategy = wt.make_strategy("split-weights", {"strips": True})
+    with wt.Run(task, strategy, context) as training, torch.no_grad():
+        results = [training.model(numbers(2, 2, height, 6)) for height in (5, 20, 13)]
+        with pytest.raises(wt.UsageError) as failure:
+            training.model(numbers(2, 2, 4, 6))
+        said.append(str(failure.value))
+        results.append(training.model(numbers(2, 2, 5, 6)))
+        training.close()
+    task = dataclasses.replace(
+        task, model=Fickle, train=TensorDataset(numbers(4, 1, 6, 6), classes(4, 2))
+    )
+    with wt.Run(task, strategy, context) as training, pytest.raises(wt.ModelError) as failure:
+        for batch in training.batches():
+            training.step(batch)
+    said.append(str(failure.value))
+    return results, said
+
+
+def test_images_of_any_height_in_the_same_order_of_layers(gang: Gang) -> None:
+    model = verify.prepared(task_of("convolutions_only"), "float32")[0].build_model()
+    with torch.no_grad():
+        expected_results = [model(numbers(2, 2, height, 6)) for height in (5, 20, 13, 5)]
+    for results, said in gang.run(3, other_images):
+        for result, wanted in zip(results, expected_results, strict=True):
+            torch.testing.assert_close(result, wanted)
+        assert "makes 2 rows of an image of 4" in said[0]
+        assert "the same order of layers" in said[1]
 
 
 TALL = """
