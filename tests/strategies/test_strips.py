@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 import wagontrain as wt
 from tests.gang import Gang
 from tests.problems import OPTIMIZERS, VARIANTS, classes, numbers
-from wagontrain import verify
+from wagontrain import building, verify
 from wagontrain.reference import Trace, train_plainly
 from wagontrain.testbed.bed import Bed, Shape
 from wagontrain.testbed.run import run
@@ -317,6 +317,24 @@ def test_what_cannot_be_cut_is_refused(
     for message in gang.run(4, refused, model, settings):
         assert said in message
         assert "\n" not in message
+
+
+def built_in_parts(context: Context) -> list[float]:
+    """Losses of a training whose model is taken to fit on no rank."""
+    strategy = wt.make_strategy("split-weights", {"strips": True})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "fits", lambda *_: (False, 0, 0))
+        with wt.Run(task_of("unshared"), strategy, context) as training:
+            losses = [training.step(batch).loss for batch in training.batches()]
+            training.runner.check_replicas()
+            training.close()
+    return losses
+
+
+def test_unshared_weights_that_fit_nowhere(gang: Gang) -> None:
+    """They begin alike on any number of ranks."""
+    two, three = gang.run(2, built_in_parts)[0], gang.run(3, built_in_parts)[0]
+    assert two == pytest.approx(three, rel=1e-4)
 
 
 class Fickle(nn.Module):

@@ -102,7 +102,7 @@ class SplitWeightsRunner(Synchronous):
         if strategy.strips:
             named = () if strategy.placement == "auto" else placement
             chain = find(model, prepared.observed, axes.model.size, named)
-            placement = {name: placement[name] for name in placement.keys() - {*chain.layers}}
+            placement = {name: cut for name, cut in placement.items() if name not in chain.layers}
         if axes.model.size == 1:
             placement, chain = {}, Chain()
         divided = divide(
