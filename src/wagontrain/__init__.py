@@ -1,5 +1,6 @@
 """wagontrain: train one PyTorch model over the machines you have."""
 
+from wagontrain import nn
 from wagontrain.errors import (
     LossError,
     ModelError,
@@ -44,4 +45,5 @@ __all__ = [
     "discover",
     "fit",
     "make_strategy",
+    "nn",
 ]

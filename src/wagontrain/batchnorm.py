@@ -18,7 +18,7 @@ One all-gather forward and one all-reduce backward, each of 2 C + 1 and 2 C numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,6 +70,16 @@ def global_batch_norm(
     finally:
         for _, layer in layers:
             del vars(layer)["forward"]
+
+
+def forward_over(
+    layer: _BatchNorm, group: dist.ProcessGroup, participation: Participation
+) -> Callable[[Tensor], Tensor]:
+    """A batch norm's forward, with statistics over what all ranks of a group have.
+
+    They may have different numbers of values, whole samples or parts of them.
+    """
+    return _Forward(layer, group, participation)
 
 
 @dataclass

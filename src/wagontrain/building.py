@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from wagontrain.batches import mix
 from wagontrain.errors import TaskError, UsageError
-from wagontrain.layout import Layout, local
+from wagontrain.layout import Layout, full_name, local
 from wagontrain.task import Task, seeded_numbers
 from wagontrain.transport import Context
 
@@ -129,7 +129,7 @@ def initialise(
             if id(value) not in done
         }
         done.update(map(id, own.values()))
-        held = [key for key in own if f"{path}.{key}".lstrip(".") in layouts]
+        held = [key for key in own if full_name(path, key) in layouts]
         fleeting = module._non_persistent_buffers_set
         if fleeting:
             raise TaskError(
@@ -152,7 +152,7 @@ def initialise(
         filled = _own(whole)
         with torch.no_grad():
             for key in held:
-                name = f"{path}.{key}".lstrip(".")
+                name = full_name(path, key)
                 local(state[name]).copy_(layouts[name].take(filled[key]))
 
 

@@ -70,6 +70,11 @@ class Layout:
         return replace(self, shape=tuple(state.shape), dim=None, ranges=())
 
 
+def full_name(layer: str, key: str) -> str:
+    """Name of a layer's tensor in the model's `state_dict`; a model that is one layer has none."""
+    return f"{layer}.{key}" if layer else key
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, as a plain one that shares its memory."""
     if isinstance(tensor, DTensor):

@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wagontrain.axes import Axis, start_exchange
 
-
 # Units whose gradients may be on their way at a time: each holds twice its size in memory.
 _IN_FLIGHT = 2
 

@@ -162,6 +162,10 @@ def mask(context: Context) -> tuple[Tensor, float]:
             shown = run.model(torch.zeros(3, 4))
         shown = shown.whole() if isinstance(shown, SplitScores) else shown
         after = float(torch.rand(()))
+        with torch.no_grad():
+            again = run.model(torch.zeros(3, 4))
+        again = again.whole() if isinstance(again, SplitScores) else again
+        assert not torch.equal(shown > 0, again > 0)  # nor the same for every micro-batch
         run.close()
     return shown, after
 
@@ -183,3 +187,17 @@ def test_bad_degrees_are_refused() -> None:
     strategy = wt.make_strategy("split-weights", {"degree": 1})
     with pytest.raises(wt.UsageError, match="make 50 rows that cannot share a batch of 48"):
         strategy.check(speech_task(), World(size=50))
+
+
+def one_layer(context: Context) -> list[float | None]:
+    task = speech_task(model=partial(nn.Linear, 20, CLASSES))
+    with wt.Run(task, wt.make_strategy("split-weights"), context) as run:
+        losses = [run.step(batch).loss for batch in run.batches()]
+        run.close()
+    return losses
+
+
+def test_a_model_that_is_one_layer(gang: Gang) -> None:
+    alone, *_ = gang.run(1, one_layer)
+    for losses in gang.run(2, one_layer):
+        assert losses == pytest.approx(alone, rel=1e-5)

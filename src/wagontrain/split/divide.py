@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wagontrain.axes import Axes
 from wagontrain.errors import UsageError, nearest
-from wagontrain.layout import Layout
+from wagontrain.layout import Layout, full_name
 from wagontrain.mesh import even_shares, ranges
 from wagontrain.split.border import Border, Replicated
 from wagontrain.split.convolution import Channels
@@ -68,7 +68,9 @@ def check_placement(model: nn.Module, placement: Placement, observed: Observed) 
 def not_split_because(name: str, model: nn.Module, observed: Observed) -> str:
     """Why a layer cannot be split in this model; empty where it can."""
     layer = model.get_submodule(name)
-    if any(f"{name}.{key}" in observed.loose for key, _ in layer.named_parameters(recurse=False)):
+    if any(
+        full_name(name, key) in observed.loose for key, _ in layer.named_parameters(recurse=False)
+    ):
         return "its weights are used by other code than its own forward"
     if name not in observed.layers:
         return "the model does not call it"
@@ -135,7 +137,7 @@ def divide(
             parameter = layer._parameters[key]
             if parameter is None:
                 continue
-            full = f"{name}.{key}"
+            full = full_name(name, key)
             mine = ranges(even_shares(parameter.shape[dim], size))[axis.index]
             shape = tuple(parameter.shape)
             if id(parameter) in remade:  # tied to one that was divided in the same way
@@ -146,7 +148,7 @@ def divide(
                 )  # fmt: skip
             else:
                 layouts[full] = Layout(shape, dim, (mine,), owner=axes.data.index == 0)
-                part = remade[id(parameter)] = _part(parameter, layouts[full], device)
+                part = remade[id(parameter)] = part_of(parameter, layouts[full], device)
                 layer._parameters[key] = part
             parts.add(full)
         forward = _forward(layer, name, cut, border, axis, regions, name == last, state)
@@ -156,7 +158,8 @@ def divide(
     return Divided(layouts, parts, undo)
 
 
-def _part(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn.Parameter:
+def part_of(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn.Parameter:
+    """A rank's part of a parameter, with memory; its numbers too, where the whole one has them."""
     if parameter.is_meta:
         content = torch.empty(layout.local_shape, dtype=parameter.dtype, device=device)
     else:
@@ -208,7 +211,7 @@ def _forward(
     last: bool,
     state: Mapping[str, Tensor],
 ) -> Any:
-    shape = state[f"{name}.weight"].shape
+    shape = state[full_name(name, "weight")].shape
     if isinstance(layer, nn.Embedding):
         rows = ranges(even_shares(shape[0], axis.size))
         if isinstance(border, Replicated):

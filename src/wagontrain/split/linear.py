@@ -81,6 +81,9 @@ class ChunkedProduct(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
+_RESTORE: tuple[Any, ...] = (torch.set_rng_state, torch.cuda.set_rng_state)
+
+
 class Region:
     """What lies between a layer split by columns and the one split by rows that follows.
 
@@ -97,20 +100,24 @@ class Region:
         self.index, self.draws = index, draws
         self.leading: torch.Size = torch.Size()
         self.border: Border | None = None
-        self._before: Tensor | None = None
+        self._before: list[Any] = []
 
     def enter(self, x: Tensor, border: Border) -> None:
         """Note what the samples look like outside."""
         self.leading, self.border = x.shape[:-1], border
         if self.draws:
-            self._before = torch.get_rng_state()
-            torch.manual_seed(mix(torch.initial_seed(), int(self._before.sum()), self.index))
+            drawn = int(torch.randint(2**62, ()))  # alike on all ranks, other in every pass
+            states = [torch.get_rng_state()]
+            if x.is_cuda:
+                states.append(torch.cuda.get_rng_state(x.device))
+            self._before = states
+            torch.manual_seed(mix(drawn, self.index))
 
     def leave(self) -> None:
         """Back to the random numbers of before."""
-        if self._before is not None:
-            torch.set_rng_state(self._before)
-            self._before = None
+        for state, restore in zip(self._before, _RESTORE, strict=False):
+            restore(state)
+        self._before = []
 
 
 class Columns:

@@ -8,7 +8,7 @@ split so that nothing travels in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,26 @@ class Call:
     output: int
     layer: str | None
     draws: bool = False
+    leaf: str | None = None
+
+
+@dataclass(frozen=True)
+class Visit:
+    """One call of a module that has no others in it.
+
+    Args:
+        leaf: the module's name.
+        input: number of the tensor it was called with.
+        output: number of the one it returned.
+        shape: of its input.
+        result: shape of what it returned.
+    """
+
+    leaf: str
+    input: int
+    output: int
+    shape: tuple[int, ...]
+    result: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,10 @@ class Observed:
             elementwise functions in between.
         draws: layers between which and the next of the pair random numbers are drawn.
         shapes: of the input of each layer's first call.
+        calls: of torch functions, in their order.
+        visits: of modules without others in them, in their order.
+        looked_at: tensors whose shape or content was asked for, each with the module without
+            others that did so; or that the model returned.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -51,6 +75,9 @@ class Observed:
     pairs: Mapping[str, str] = field(default_factory=dict)
     draws: frozenset[str] = frozenset()
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    calls: Sequence[Call] = ()
+    visits: Sequence[Visit] = ()
+    looked_at: frozenset[tuple[int, str | None]] = frozenset()
 
     def once(self, layer: str) -> bool:
         """Whether a layer is called exactly once in a pass."""
@@ -65,15 +92,19 @@ class _Watcher(TorchFunctionMode):
         self.stack: list[str] = []
         self.loose: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.leaf: str | None = None
+        self.visits: list[Visit] = []
+        self.looked_at: set[tuple[int, str | None]] = set()
         self._kept: list[Any] = []  # so that no number of a tensor is given twice
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(output)
+        if not outputs:
+            self.look(inputs)
         if not isinstance(output, Tensor) and not isinstance(output, tuple | list):
             return output
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         layer = None
         for value in inputs:
             name = self.names.get(id(value))
@@ -89,8 +120,26 @@ class _Watcher(TorchFunctionMode):
             self.shapes.setdefault(layer, tuple(inputs[0].shape))
         draws = func in _DROPOUTS and bool(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
         for value in outputs:
-            self.calls.append(Call(func, [id(each) for each in inputs], id(value), layer, draws))
+            self.calls.append(
+                Call(func, [id(each) for each in inputs], id(value), layer, draws, self.leaf)
+            )
         return output
+
+    def look(self, values: list[Tensor]) -> None:
+        """Note that something other than a tensor was made of these."""
+        self._kept.append(values)
+        self.looked_at |= {(id(value), self.leaf) for value in values}
+
+    def visit(self, leaf: str, inputs: Any, output: Any) -> None:
+        """Note a call of a module without others in it."""
+        self._kept.append((inputs, output))
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            shapes = tuple(inputs[0].shape), tuple(output.shape)
+            self.visits.append(Visit(leaf, id(inputs[0]), id(output), *shapes))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def observe(model: nn.Module, objective: Objective, micro: MicroBatch) -> Observed:
@@ -103,6 +152,8 @@ def observe(model: nn.Module, objective: Objective, micro: MicroBatch) -> Observ
     handles = []
     order: list[str] = []
     for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+            handles += _around(watcher, name, module)
         if not any(True for _ in module.parameters(recurse=False)):
             continue
         handles += [
@@ -111,12 +162,30 @@ def observe(model: nn.Module, objective: Objective, micro: MicroBatch) -> Observ
         ]
     try:
         with torch.random.fork_rng(), torch.no_grad(), objective.precision(), watcher:
-            objective.forward(model, micro)
+            returned = objective.forward(model, micro)
+            watcher.look(_tensors(returned))
     finally:
         for handle in handles:
             handle.remove()
     pairs, draws = _pairs(watcher.calls, model)
-    return Observed(order, frozenset(watcher.loose), pairs, frozenset(draws), watcher.shapes)
+    return Observed(
+        order, frozenset(watcher.loose), pairs, frozenset(draws), watcher.shapes, watcher.calls,
+        watcher.visits, frozenset(watcher.looked_at),
+    )  # fmt: skip
+
+
+def _around(watcher: _Watcher, name: str, module: nn.Module) -> list[Any]:
+    """Hooks that note the calls of a module without others in it."""
+
+    def enter(*_: Any) -> None:
+        watcher.leaf = name
+
+    def leave(_: nn.Module, inputs: Any, output: Any) -> None:
+        watcher.leaf = None
+        with torch._C.DisableTorchFunction():
+            watcher.visit(name, inputs, output)
+
+    return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
 
 def _entering(
@@ -175,14 +244,14 @@ def _chain(value: int, uses: Mapping[int, list[Call]], calls: list[Call]) -> Ite
             return
         (call,) = followers
         yield call
-        if call.function not in _ELEMENTWISE or len(set(call.inputs)) != 1:
+        if call.function not in ELEMENTWISE or len(set(call.inputs)) != 1:
             return
         value = call.output
 
 
 _DROPOUTS = {F.dropout, F.alpha_dropout}
 
-_ELEMENTWISE = _DROPOUTS | {
+ELEMENTWISE = _DROPOUTS | {
     F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.gelu, F.silu, F.mish,
     F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.softsign, F.hardswish, F.hardsigmoid,
     F.hardtanh, F.relu6, F.logsigmoid, torch.sigmoid, Tensor.sigmoid, F.sigmoid, torch.tanh,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
+from wagontrain.batches import MicroBatch
 from wagontrain.building import initialise, skeleton, whole_or_skeleton
 from wagontrain.errors import ModelError, UsageError
 from wagontrain.layout import Layout
 from wagontrain.objective import Objective
 from wagontrain.split.divide import Cut, splittable, ways
 from wagontrain.split.observe import Observed, observe
-from wagontrain.task import Task, place
+from wagontrain.task import Task, place, trainable
 from wagontrain.transport import Context
 from wagontrain.trial import trial_batch, trial_model, unused_in_trial
 
@@ -52,8 +53,14 @@ class Prepared:
         initialise(model, plain, layouts, task.seed)
 
 
-def prepare(task: Task, context: Context) -> Prepared:
+def prepare(task: Task, context: Context, without_memory: bool = False) -> Prepared:
     """Build the model and try it. Every rank has to call this.
+
+    Args:
+        task: what is trained.
+        context: this rank's place in the job.
+        without_memory: whether it is tried on the meta device, where it can be: activations of
+            the whole may not fit. The loss is then not checked to be a mean over samples.
 
     Raises:
         UsageError: it neither fits nor runs without memory.
@@ -65,20 +72,43 @@ def prepare(task: Task, context: Context) -> Prepared:
     micro = trial_batch(task, device)
     if not next(model.parameters()).is_meta:
         model = model.to(device)
+        plain = skeleton(task) if without_memory else None
+        if plain is not None and (tried := _tried_without_memory(task, plain, micro)):
+            return Prepared(model, *tried, micro.count, bare=False)
         unused = bool(unused_in_trial(task, Objective(task, device), model))
         observed = observe(trial_model(task, model), Objective(task, device), micro)
         return Prepared(model, observed, unused, micro.count, bare=False)
     objective = Objective(task, torch.device("meta"))
-    nowhere = place(micro.inputs, objective.device)
-    shown = type(micro)(nowhere, micro.target, micro.count, micro.total)
     try:
-        observed = observe(model, objective, shown)
+        observed = observe(model, objective, _nowhere(micro))
     except (ModelError, NotImplementedError) as error:
         raise UsageError(
             f"the model does not fit on one host, and its forward cannot run without memory, on "
             f"torch's meta device: {error}"
         ) from error
     return Prepared(model, observed, False, micro.count, bare=True)
+
+
+def _nowhere(micro: MicroBatch) -> MicroBatch:
+    """Samples without memory."""
+    meta = torch.device("meta")
+    return replace(micro, inputs=place(micro.inputs, meta), target=place(micro.target, meta))
+
+
+def _tried_without_memory(
+    task: Task, model: nn.Module, micro: MicroBatch
+) -> tuple[Observed, bool] | None:
+    """What a pass on the meta device shows, and whether some parameter got no gradient.
+
+    None where the model or the loss reads numbers, which are not there.
+    """
+    objective, shown = Objective(task, torch.device("meta")), _nowhere(micro)
+    try:
+        observed = observe(model, objective, shown)
+        objective(model, shown).backward()
+    except (ModelError, NotImplementedError, RuntimeError):
+        return None
+    return observed, any(value.grad is None for _, value in trainable(model))
 
 
 def settle(model: nn.Module, device: torch.device) -> None:

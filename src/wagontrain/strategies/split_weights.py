@@ -16,19 +16,27 @@ Source: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 3; Sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from wagontrain.axes import check_degree, lay_out
+from wagontrain.batchnorm import forward_over
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.replication import Buckets
 from wagontrain.split.border import Replicated
+from wagontrain.split.chain import Chain, find
 from wagontrain.split.divide import Cut, check_placement, divide
 from wagontrain.split.plan import in_turn, prepare, settle
+from wagontrain.split.strips import Strips, divide_rows, shared_by
 from wagontrain.strategy import Strategy
 from wagontrain.synchronous import Synchronous
-from wagontrain.task import Task
+from wagontrain.task import Task, trainable
 from wagontrain.transport import Context
 
 
@@ -42,11 +50,14 @@ class SplitWeights(Strategy):
         placement: layer -> "column", "row" or "whole"; "auto" splits every layer of at least
             `least` parameters, columns and rows in turn where nothing else lies between.
         least: parameters that make a layer worth splitting with placement "auto".
+        strips: whether the convolutions that a model begins with work on strips of the image,
+            with what lies between them, instead of being split by their channels.
     """
 
     degree: int | None = None
     placement: Literal["auto"] | dict[str, Cut] = "auto"
     least: int = 0
+    strips: bool = False
 
     name: ClassVar[str] = "split-weights"
     summary: ClassVar[str] = "weights divided over workers, activations travel (DistBelief)"
@@ -79,7 +90,7 @@ class SplitWeightsRunner(Synchronous):
     """Split weights at work on one rank."""
 
     def __init__(self, strategy: SplitWeights, task: Task, context: Context) -> None:
-        prepared = prepare(task, context)
+        prepared = prepare(task, context, without_memory=strategy.strips)
         model, device = prepared.model, context.world.device
         self.axes = axes = lay_out(context, strategy.degree or context.world.size)
         if strategy.placement == "auto":
@@ -87,16 +98,57 @@ class SplitWeightsRunner(Synchronous):
         else:
             placement = strategy.placement
             check_placement(model, placement, prepared.observed)
+        chain = Chain()
+        if strategy.strips:
+            named = () if strategy.placement == "auto" else placement
+            chain = find(model, prepared.observed, axes.model.size, named)
+            placement = {name: cut for name, cut in placement.items() if name not in chain.layers}
+        if axes.model.size == 1:
+            placement, chain = {}, Chain()
         divided = divide(
-            model, placement if axes.model.size > 1 else {}, prepared.observed,
-            Replicated(axes.model), axes, device, prepared.last,
+            model, placement, prepared.observed, Replicated(axes.model), axes, device,
+            prepared.last,
         )  # fmt: skip
+        divide_rows(model, chain, divided, axes, device)
         if prepared.bare:
             settle(model, device)
             prepared.fill(task, model, divided.layouts)
         super().__init__(task, context, model, divided.layouts, data=axes.data)
         self.open.push(divided.undo)
-        self.replicate(axes.data, Buckets(unused=prepared.unused))
+        self.of_strips = shared_by(model, chain)
+        if chain.layers:
+            self._cut(chain)
+        if {name for name, _ in trainable(model)} - self.of_strips:
+            self.replicate(axes.data, Buckets(unused=prepared.unused, apart=self.of_strips))
+
+    def _cut(self, chain: Chain) -> None:
+        """Put the chain's layers to work on this rank's strip."""
+
+        def norm(layer: Any) -> Callable[[Tensor], Tensor]:
+            assert self.context.side is not None
+            return forward_over(layer, self.context.side, self.participation)
+
+        strips = Strips(self.model, chain, self.axes.model, norm)
+        self.open.push(strips.open)
+
+    def exchange(self) -> None:
+        """Sum the gradients that each rank has of its strip, over all strips of all samples."""
+        if not self.of_strips:
+            return
+        self.ready = self.ready or self.clock.mark()
+        gradients = []
+        for name, value in trainable(self.model):
+            if name in self.of_strips:
+                if value.grad is None:  # all ranks have to send as many numbers
+                    value.grad = torch.zeros_like(value)
+                gradients.append(value.grad)
+        for dtype in dict.fromkeys(each.dtype for each in gradients):
+            alike = [each for each in gradients if each.dtype is dtype]
+            flat = torch.cat([each.reshape(-1) for each in alike])
+            dist.all_reduce(flat, group=self.context.group)
+            sums = torch.split(flat, [each.numel() for each in alike])
+            for gradient, total in zip(alike, sums, strict=True):
+                gradient.copy_(total.view_as(gradient))
 
     def close(self) -> None:
         """Put the plain layers' forwards back; their weights stay divided."""
