@@ -9,6 +9,8 @@ when the update needs them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 from collections.abc import Callable
 from datetime import timedelta
@@ -110,6 +112,20 @@ class DirectReduceScatter(_Memory, ReduceScatter):
             output += part
 
 
+def give_memory_back() -> None:
+    """Have memory of a MB or more returned to the system when it is freed, where glibc is used.
+
+    By itself glibc raises that limit to 32 MB as it goes and keeps what is freed below it in
+    heaps. Gathered units of many sizes leave those so full of holes that in the end a rank takes
+    as much as the whole model.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library, or another system
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
+
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
+
+
 def units(model: nn.Module, least: int) -> list[nn.Module]:
     """Modules that are gathered and let go together: the smallest of at least so many numbers.
 
@@ -156,6 +172,8 @@ def shard(
     Returns:
         What gradients come by; None where torch's own collectives are used, on a GPU.
     """
+    if mesh.device_type == "cpu":
+        give_memory_back()
     parts = units(model, least)
     for module in (*parts, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=not keep)
