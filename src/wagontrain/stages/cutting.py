@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,13 @@ def allowed(recording: Recording, crossing: Crossing, uses: Uses, tied: bool = F
     return borders
 
 
+class _Way(NamedTuple):
+    """Borders up to some place, and their (slowest stage, sum of all)."""
+
+    cost: tuple[float, float]
+    borders: tuple[int, ...]
+
+
 def balance(
     seconds: Sequence[float],
     crossing: Sequence[float],
@@ -181,25 +188,21 @@ def balance(
     places = [border for border, free in enumerate(allowed) if free]
     elapsed = [0.0, *itertools.accumulate(seconds)]
     heavy = [0, *itertools.accumulate(map(int, weighty))]
-    unreachable = (math.inf, math.inf)
-    best = {0: ((0.0, 0.0), (0,))}
+    best: dict[int, _Way] = {0: _Way((0.0, 0.0), (0,))}
     for _ in range(stages):
-        found: dict[int, tuple[tuple[float, float], tuple[int, ...]]] = {}
+        found: dict[int, _Way] = {}
         for end in places[1:]:
-            least, way = unreachable, ()
             for start, (cost, before) in best.items():
                 if start >= end or heavy[start] == heavy[end]:
                     continue
                 own = elapsed[end] - elapsed[start]
                 own += sum(crossing[border] for border in (start, end) if border != places[-1])
                 total = (max(cost[0], own), cost[1] + own)
-                if total < least:
-                    least, way = total, (*before, end)
-            if way:
-                found[end] = (least, way)
+                if end not in found or total < found[end].cost:
+                    found[end] = _Way(total, (*before, end))
         best = found
     last = best.get(places[-1])
-    return None if last is None else list(last[1])
+    return None if last is None else list(last.borders)
 
 
 def cut(recording: Recording, uses: Uses, seconds: Sequence[float], stages: int) -> list[int]:

@@ -312,7 +312,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _memory(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
 
 
 def _require_plain(tree: Any, what: str) -> None:

@@ -144,10 +144,18 @@ class _Ready(PipelineStage):
                 self._post("forward", number, super().get_fwd_recv_ops(number))
             for number in range(len(self.args_recv_info)):
                 self._post("backward", number, super().get_bwd_recv_ops(number))
-        return self._arrived("forward", fwd_chunk_id)
+        return []
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        return self._arrived("backward", bwd_chunk_id)
+        return []
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        self._wait("forward", fwd_chunk_id)
+        return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        self._wait("backward", bwd_chunk_id)
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     def _post(self, way: str, number: int, operations: list[dist.P2POp]) -> None:
         assert self._coming is not None
@@ -155,11 +163,10 @@ class _Ready(PipelineStage):
             dist.irecv(each.tensor, each.peer, self.group) for each in operations
         ]
 
-    def _arrived(self, way: str, number: int) -> list[dist.P2POp]:
+    def _wait(self, way: str, number: int) -> None:
         assert self._coming is not None
         for work in self._coming.pop((way, number)):
             work.wait()
-        return []
 
 
 def schedule(
@@ -186,7 +193,7 @@ def schedule(
     """
     alone = len(stages) == 1
     engine_of = _Ready if alone and device.type == "cpu" else PipelineStage
-    made = [
+    made: list[Any] = [
         engine_of(
             _Module(stage, load), number, total, device,
             input_args=_examples(stage, stage.receives),

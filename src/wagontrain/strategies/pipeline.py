@@ -17,14 +17,14 @@ Language Model Training on GPU Clusters Using Megatron-LM" (SC), section 2.2 (in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import _pytree as pytree
 
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batches import Batch, MicroBatch, mix
@@ -37,8 +37,10 @@ from wagontrain.objective import Evaluation, Objective, nothing
 from wagontrain.replication import Buckets
 from wagontrain.stages import cutting
 from wagontrain.stages.cutting import Stage, Uses
+from wagontrain.stages.holding import give_memory, let_go
 from wagontrain.stages.recording import Blueprint, Recording
 from wagontrain.stages.running import Kind, Load, pieces, real_samples, schedule
+from wagontrain.stages.sums import sum_gradients
 from wagontrain.strategy import Strategy
 from wagontrain.synchronous import Synchronous, require_weight
 from wagontrain.task import Task, trainable
@@ -160,7 +162,9 @@ class PipelineRunner(Synchronous):
             initialise(model, plain, layouts, task.seed)
         # The optimizer is built over all parameters, so that it groups them as the task means it.
         super().__init__(task, context, model, layouts, data=axes.data)
-        self._leave(own)
+        let_go(model, self.update.optimizer, own)
+        self.update.norm = self._norm
+        self.update.parameters = [value for _, value in trainable(model)]
         self.speaks = self.total - 1 in self.numbers
         self.load = Load()
         self._runs: dict[Any, Any] = {}
@@ -182,33 +186,6 @@ class PipelineRunner(Synchronous):
                 seconds = cutting.measured(recording, other, micro.inputs, self._precision)
         seconds = context.gather(seconds)[0]
         return recording, cutting.cut(recording, uses, seconds, self.total), uses
-
-    def _leave(self, own: set[str]) -> None:
-        """Let go of what other ranks hold, and of it in the optimizer."""
-        state = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
-        kept = {id(value) for name, value in state.items() if name in own}
-        for module in self.model.modules():
-            for entries in (module._parameters, module._buffers):
-                for key, value in entries.items():
-                    if value is not None and id(value) not in kept:
-                        entries[key] = None
-        optimizer = self.update.optimizer
-        if not type(optimizer).__module__.startswith("torch.optim."):
-            raise TaskError(
-                f"optimizer {type(optimizer).__name__} is not known to treat every parameter by "
-                "itself, and here no rank has all of them: use one of torch.optim, or the "
-                "strategy data-parallel"
-            )
-        for group in optimizer.param_groups:
-            group["params"] = [value for value in group["params"] if id(value) in kept]
-        for value in list(optimizer.state):
-            if id(value) not in kept:
-                del optimizer.state[value]
-        self.update.norm = self._norm
-        self.update.parameters = [value for _, value in trainable(self.model)]
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -235,7 +212,8 @@ class PipelineRunner(Synchronous):
                     return nothing(output)
                 value = self.objective(lambda *_, **__: output, piece)
                 losses.append(value.detach() * weight)
-                return value * (weight / total)
+                scaled: Tensor = value * (weight / total)
+                return scaled
 
             self._through(load, training=True, conclude=loss)
         self.context.watch.at(f"in the exchange of step {batch.step}")
@@ -266,7 +244,7 @@ class PipelineRunner(Synchronous):
 
     def _run_for(self, load: list[MicroBatch], training: bool) -> Any:
         """The schedule for loads of this shape."""
-        leaves = torch.utils._pytree.tree_leaves(load[0].inputs)
+        leaves = pytree.tree_leaves(load[0].inputs)
         key = (training, len(load), *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._runs:
             with self._precision():
@@ -352,53 +330,3 @@ def _micro_batches(strategy: Pipeline, task: Task, model: nn.Module, rows: int, 
             "data-parallel"
         )
     return 1
-
-
-def give_memory(model: nn.Module, names: set[str], device: torch.device) -> None:
-    """Give memory to the named parameters and buffers of a model on the meta device."""
-    given: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for entries in (module._parameters, module._buffers):
-            for key, value in entries.items():
-                if value is None or f"{path}.{key}".lstrip(".") not in names:
-                    continue
-                if id(value) not in given:
-                    empty = torch.empty_like(value, device=device)
-                    parameter = isinstance(value, nn.Parameter)
-                    given[id(value)] = (
-                        nn.Parameter(empty, value.requires_grad) if parameter else empty
-                    )
-                entries[key] = given[id(value)]
-
-
-_BUCKET_BYTES = 5 * 2**20
-
-
-def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """Sum gradients over a group, some MiB at a time; what has none anywhere is left without."""
-    if not parameters:
-        return
-    missing = parameters[0].new_tensor([value.grad is None for value in parameters])
-    buckets: list[list[Tensor]] = [[]]
-    size = 0
-    for value in parameters:
-        if value.grad is None:
-            value.grad = torch.zeros_like(value)
-        if buckets[-1] and (
-            size + value.nbytes > _BUCKET_BYTES or value.dtype != buckets[-1][0].dtype
-        ):
-            buckets.append([])
-            size = 0
-        buckets[-1].append(value.grad)
-        size += value.nbytes
-    sums = [missing, *(torch.cat([each.reshape(-1) for each in bucket]) for bucket in buckets)]
-    works: list[Any] = [dist.all_reduce(each, group=group, async_op=True) for each in sums]
-    works[0].wait()
-    for bucket, total, work in zip(buckets, sums[1:], works[1:], strict=True):
-        work.wait()
-        parts = total.split([each.numel() for each in bucket])
-        for gradient, part in zip(bucket, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-    for value, ranks in zip(parameters, missing.tolist(), strict=True):
-        if ranks == group.size():
-            value.grad = None
