@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from wagontrain import events
@@ -82,18 +81,3 @@ def test_two_runs_in_a_second_get_a_folder_each(
     first, second = RunFolder.create(None, "job"), RunFolder.create(None, "job")
     assert first.path != second.path
     assert first.path.parent == second.path.parent == Path("runs")
-
-
-def test_weights_are_replaced_whole_and_tied_ones_kept(tmp_path: Path) -> None:
-    import safetensors.torch
-
-    folder = RunFolder.create(tmp_path, "x")
-    weight = torch.arange(6.0).reshape(2, 3)
-    folder.write_weights({"a": weight, "b": weight, "c": weight.t(), "extra": "not a tensor"})
-    read = safetensors.torch.load_file(folder.weights)
-    assert sorted(read) == ["a", "b", "c"]
-    assert torch.equal(read["b"], weight)
-    assert torch.equal(read["c"], weight.t())
-    folder.write_weights({"a": weight + 1})
-    assert torch.equal(safetensors.torch.load_file(folder.weights)["a"], weight + 1)
-    assert [path.name for path in folder.weights.parent.iterdir()] == ["model.safetensors"]

@@ -25,7 +25,7 @@ PHASES = {
     "step": "in step 2",
     "exchange": "in the exchange of step 2",
     "validation": "in validation",
-    "checkpoint": "writing the weights",
+    "checkpoint": "writing the checkpoint",
 }
 
 

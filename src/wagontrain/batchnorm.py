@@ -92,7 +92,7 @@ class _Forward:
                 0.0,
                 layer.eps,
             )
-        output, mean, variance, count = _GlobalBatchNorm.apply(  # type: ignore[no-untyped-call]
+        output, mean, variance, count = _GlobalBatchNorm.apply(
             inputs, layer.weight, layer.bias, layer.eps, self.group, self.participation.counts
         )
         if layer.training and layer.track_running_stats and layer.running_mean is not None:

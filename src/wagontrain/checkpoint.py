@@ -12,7 +12,6 @@ it whole. No file holds a pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,72 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from wagontrain import plain
 from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
+from wagontrain.pieces import Piece, as_bytes, checksum, flush_to_disk, read, write
 from wagontrain.state import Held, Source, announced, shared_plain
 from wagontrain.transport import Context
 from wagontrain.version import __version__
 
 _FORMAT = 1
-_PART_BYTES = 256 * 2**20
 _NAME = "state.json"
-
-
-class Pieces:
-    """This rank's pieces of one tensor, as torch.distributed.checkpoint asks for them."""
-
-    def __init__(self, shape: tuple[int, ...], pieces: list[tuple[tuple[int, ...], Tensor]]):
-        self.shape = torch.Size(shape)
-        self.pieces = pieces
-
-    def size(self) -> torch.Size:
-        """Shape of the whole tensor."""
-        return self.shape
-
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk, TensorProperties.create_from_tensor(tensor), self.shape
-                ),
-            )
-            for chunk, (_, tensor) in zip(self._chunks(), self.pieces, strict=True)
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return self._chunks()
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        if index.index is not None:
-            return self.pieces[index.index][1]
-        return next(tensor for offset, tensor in self.pieces if torch.Size(offset) == index.offset)
-
-    def _chunks(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(torch.Size(offset), tensor.shape) for offset, tensor in self.pieces
-        ]
-
-
-class _OwnPart(DefaultSavePlanner):
-    """Plans what one rank writes; whether all of it together is whole, `save` sees to."""
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return all_plans, Metadata({})
 
 
 @dataclass(frozen=True)
@@ -138,7 +84,7 @@ class Checkpoint:
         """
         for name, expected in self.description["files"].items():
             file = self.path / name
-            if not file.is_file() or _checksum(file) != expected:
+            if not file.is_file() or checksum(file) != expected:
                 what = "was changed or cut short" if file.is_file() else "is missing"
                 raise UsageError(
                     f"checkpoint {str(self.path)!r} is damaged: {name} {what}; take an earlier one"
@@ -154,17 +100,7 @@ class Checkpoint:
 
     def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
         """The wanted parts, each read from where its pieces lie."""
-        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
-        parts: dict[str, Tensor] = {}
-        asked: dict[str, Any] = {}
-        for name, layout in wanted.items():
-            entry: Any = metadata.state_dict_metadata[name]
-            part = parts[name] = torch.empty(layout.local_shape, dtype=entry.properties.dtype)
-            if part.numel():
-                asked[name] = Pieces(layout.shape, list(layout.pieces(part)))
-        reader = HuggingFaceStorageReader(str(self.path))
-        dcp.load(asked, storage_reader=reader, no_dist=True)
-        return parts
+        return read(self.path, wanted)
 
     def kinds(self) -> dict[str, torch.dtype]:
         """Type of every whole tensor."""
@@ -231,11 +167,11 @@ def save(
             file.write(plain.encode(content))
             file.flush()
             os.fsync(file.fileno())
-        _flush(part)
+        flush_to_disk(part)
         if target.exists():  # resumed from the one before, and come here again
             shutil.rmtree(target)
         part.rename(target)
-        _flush(folder)
+        flush_to_disk(folder)
         for old in sorted(_all_in(folder), key=lambda path: int(path.name[5:]))[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     context.barrier()
@@ -248,11 +184,15 @@ def _is_shared(context: Context, folder: Path) -> bool:
     if context.world.rank == 0:
         token.write_text(secrets.token_hex(16))
     expected = context.gather_text(token.read_text() if context.world.rank == 0 else "")[0]
-    seen = token.is_file() and token.read_text() == expected
+    seen = _is_here(token) and token.read_text() == expected
     result = all(row[0] for row in context.gather([float(seen)]))
     if context.world.rank == 0:
         token.unlink()
     return result
+
+
+def _is_here(file: Path) -> bool:
+    return file.is_file()
 
 
 def _write_own(held: Held, folder: Path, rank: int) -> dict[str, str]:
@@ -263,73 +203,32 @@ def _write_own(held: Held, folder: Path, rank: int) -> dict[str, str]:
         if layout.owner
         for offset, piece in layout.pieces(held.tensors[name])
     )
-    return _write(pieces, folder, f"rank{rank}")
-
-
-_Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
-
-
-def _write(pieces: Iterator[_Piece], folder: Path, label: str) -> dict[str, str]:
-    """Write pieces as they come, some of them to a file."""
-    files: dict[str, str] = {}
-    waiting: dict[str, Any] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal size
-        if not waiting:
-            return
-        scratch = folder / f"{label}.scratch"
-        writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-        dcp.save(dict(waiting), storage_writer=writer, planner=_OwnPart(), no_dist=True)
-        (written,) = scratch.glob("*.safetensors")
-        file = folder / f"{label}-{len(files)}.safetensors"
-        written.rename(file)
-        shutil.rmtree(scratch)
-        _flush(file)
-        files[file.name] = _checksum(file)
-        waiting.clear()
-        size = 0
-
-    for name, shape, offset, piece in pieces:
-        if piece.numel() == 0:
-            continue
-        # A file holds one piece under a name.
-        if name in waiting or (size and size + piece.nbytes > _PART_BYTES):
-            flush()
-        waiting[name] = Pieces(shape, [(offset, piece.detach().cpu())])
-        size += piece.nbytes
-    flush()
-    return files
+    return write(pieces, folder, f"rank{rank}")
 
 
 def _write_for_others(context: Context, held: Held, folder: Path) -> dict[str, str]:
     """Rank 0 receives the other ranks' pieces and writes them; returns checksums there."""
     everyones = announced(context, held)
 
-    def arriving(rank: int) -> Iterator[_Piece]:
+    def arriving(rank: int) -> Iterator[Piece]:
         for name, entry in everyones[rank].items():
             for offset, size in entry["pieces"] if entry["owner"] else ():
                 dtype = getattr(torch, entry["dtype"])
                 piece = torch.empty(size, dtype=dtype, device=context.world.device)
                 if piece.numel():
-                    context.receive(_bytes(piece), rank)
+                    context.receive(as_bytes(piece), rank)
                 yield name, tuple(entry["shape"]), tuple(offset), piece
 
     files: dict[str, str] = {}
     for rank in range(1, context.world.size):
         if context.world.rank == 0:
-            files |= _write(arriving(rank), folder, f"rank{rank}")
+            files |= write(arriving(rank), folder, f"rank{rank}")
         elif context.world.rank == rank:
             for name, layout in held.layouts.items():
                 for _, piece in layout.pieces(held.tensors[name]) if layout.owner else ():
                     if piece.numel():
-                        context.send(_bytes(piece.contiguous()), 0)
+                        context.send(as_bytes(piece.contiguous()), 0)
     return files
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 class Restored(Source):
@@ -345,7 +244,7 @@ class Restored(Source):
         self._context = context
         self._checkpoint = checkpoint
         first = context.world.rank == 0
-        here = (checkpoint.path / _NAME).exists()
+        here = _is_here(checkpoint.path / _NAME)
         self._shared = all(row[0] for row in context.gather([float(here)]))
         complaint = ""
         content: dict[str, Any] = {}
@@ -380,7 +279,7 @@ class Restored(Source):
             if whole is None:
                 whole = torch.empty(shape, dtype=getattr(torch, kind), device=device)
             if whole.numel():
-                self._context.broadcast(_bytes(whole), 0)
+                self._context.broadcast(as_bytes(whole), 0)
             if name in wanted:
                 parts[name] = wanted[name].take(whole).cpu()
         return parts
@@ -413,8 +312,8 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
             out.write(len(text).to_bytes(8, "little") + text)
             for name, shape in shapes.items():
                 tensor = checkpoint.read({name: Layout(shape)})[name]
-                out.write(_bytes(tensor).numpy().data)
-        _flush(part)
+                out.write(as_bytes(tensor).numpy().data)
+        flush_to_disk(part)
         part.replace(file)
     except OSError as error:
         raise UsageError(f"{str(file)!r} cannot be written: {error.strerror}") from error
@@ -430,16 +329,3 @@ _SAFETENSORS = {
 
 def _is_model(name: str) -> bool:
     return name.startswith(_MODEL)
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

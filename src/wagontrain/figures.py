@@ -59,7 +59,7 @@ class GatheredFigures(Figures):
         # On the device: reading the loss here would wait for it.
         weighted = [value.detach() * weight for value, weight in part if weight]
         self.tell(torch.stack(weighted).sum() if weighted else loss.new_zeros(()), times)
-        loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
+        loss.backward(loss.new_tensor(scale))
 
     def tell(self, total: Tensor, times: Sequence[float]) -> None:
         """Start to gather: the sum of weighted losses, a scalar tensor, and the other figures."""

@@ -72,7 +72,10 @@ class Layout:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, as a plain one that shares its memory."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    if isinstance(tensor, DTensor):
+        inner: Tensor = tensor.to_local().detach()
+        return inner
+    return tensor.detach()
 
 
 def as_part_of(parameter: Tensor, part: Tensor) -> Tensor:

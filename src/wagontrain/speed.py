@@ -51,7 +51,7 @@ def _seconds(
     while len(taken) < 4 or time.perf_counter() - began < _SECONDS:
         start = clock.mark()
         update.begin()
-        objective(model, micro).backward()  # type: ignore[no-untyped-call]
+        objective(model, micro).backward()
         update.apply()
         taken.append(clock.between(start, clock.mark()))
     return statistics.median(taken[1:])

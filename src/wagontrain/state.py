@@ -113,7 +113,7 @@ class Training:
         self._compare(source)
         state = self.model.state_dict(keep_vars=True)
         wanted = {f"model.{name}": self.layouts[name] for name in state if name in self.layouts}
-        kept: dict[str, tuple[nn.Parameter, str]] = {}
+        kept: dict[str, tuple[Tensor, str]] = {}
         shapes = source.shapes()
         names = self._names()
         of_name = {name: parameter for parameter, name in names.items()}
@@ -142,7 +142,7 @@ class Training:
     def _restore_optimizer(
         self,
         source: Source,
-        kept: Mapping[str, tuple[nn.Parameter, str]],
+        kept: Mapping[str, tuple[Tensor, str]],
         parts: Mapping[str, Tensor],
     ) -> None:
         names = self._names()
@@ -154,8 +154,8 @@ class Training:
         index: dict[Tensor, int] = {}
         groups = []
         for group, saved in zip(self.optimizer.param_groups, saved_plain["groups"], strict=True):
-            for parameter in group["params"]:
-                index[parameter] = len(index)
+            for member in group["params"]:
+                index[member] = len(index)
             groups.append({**saved, "params": [index[value] for value in group["params"]]})
         for parameter in index:
             own = saved_plain["state"].get(names[parameter])

@@ -22,7 +22,7 @@ from torch import nn
 from wagontrain.batches import Batch, Cut
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
-from wagontrain.state import Training
+from wagontrain.state import Training, WholeTensors, gathered, shared_plain
 from wagontrain.task import Task
 from wagontrain.transport import Context
 
@@ -80,11 +80,13 @@ class StepTimes:
 class Runner(ABC):
     """A strategy at work on one rank. Made by `Strategy.setup`.
 
-    `model` is the user's own module; `cut` says which part of every batch this rank takes.
+    `model` is the user's own module, with this rank's part of its weights; `cut` says which part
+    of every batch this rank takes, and `context` is its place in the job.
     """
 
     model: nn.Module
     cut: Cut
+    context: Context
 
     @abstractmethod
     def step(self, batch: Batch) -> StepReport:
@@ -99,17 +101,31 @@ class Runner(ABC):
     def training(self) -> Training:
         """All that has state on this rank, and which part of the whole it is."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """The whole state, on every rank; every rank has to call this.
 
         `{"model": {NAME: tensor}, "optimizer": {NAME.KEY: tensor}, "plain": {...}}` with full
         tensors under the plain model's names, and what is no tensor.
         """
+        held = self.training.held()
+        result: dict[str, Any] = {"model": {}, "optimizer": {}}
+        result["plain"] = shared_plain(self.context, held)
+        for name, tensor in gathered(self.context, held).items():
+            kind, _, rest = name.partition(".")
+            result[kind][rest] = tensor
+        return result
 
-    @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what `state_dict` gave, whichever strategy and world size gave it."""
+        """Take up what `state_dict` gave, whichever strategy and world size gave it.
+
+        To be called on every rank.
+        """
+        tensors = {
+            f"{kind}.{name}": tensor
+            for kind in ("model", "optimizer")
+            for name, tensor in state[kind].items()
+        }
+        self.training.restore(WholeTensors(tensors, state["plain"]))
 
     @abstractmethod
     def check_replicas(self) -> None:
@@ -117,7 +133,7 @@ class Runner(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of what `setup` took; the model is the user's plain one again."""
+        """Let go of what `setup` took; weights that were divided stay so."""
 
 
 @dataclass(frozen=True)

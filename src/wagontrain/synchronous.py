@@ -28,7 +28,7 @@ from wagontrain.figures import Figures, GatheredFigures
 from wagontrain.layout import Layout, local
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
 from wagontrain.replication import Buckets, Replication
-from wagontrain.state import Training, WholeTensors, gathered, shared_plain
+from wagontrain.state import Training
 from wagontrain.strategy import Runner, StepReport, StepTimes
 from wagontrain.task import Task, trainable
 from wagontrain.transport import Context, Pending, Stopwatch, fingerprints
@@ -186,7 +186,7 @@ class Synchronous(Runner):
                     part.append((loss, weight))
                 scale = weight / total * (joined.divided_by if joined else 1)
                 if number < last:
-                    loss.backward(loss.new_tensor(scale))  # type: ignore[no-untyped-call]
+                    loss.backward(loss.new_tensor(scale))
                 else:
                     self.context.watch.at(f"in the exchange of step {batch.step}")
                     if joined:
@@ -214,7 +214,7 @@ class Synchronous(Runner):
 
     def _norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm of the whole gradient, each part of which counts once."""
-        names = {value: name for name, value in self.model.named_parameters()}
+        names: dict[Tensor, str] = {value: name for name, value in self.model.named_parameters()}
         squares = [
             local(value.grad).double().square().sum()
             for value in parameters
@@ -241,28 +241,6 @@ class Synchronous(Runner):
     def training(self) -> Training:
         """All that has state here."""
         return Training(self.model, self.layouts, self.update.optimizer, self.update.scheduler)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state on every rank; every rank has to call this."""
-        held = self.training.held()
-        result: dict[str, Any] = {
-            "model": {},
-            "optimizer": {},
-            "plain": shared_plain(self.context, held),
-        }
-        for name, tensor in gathered(self.context, held).items():
-            kind, _, rest = name.partition(".")
-            result[kind][rest] = tensor
-        return result
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a whole state; to be called on every rank."""
-        tensors = {
-            f"{kind}.{name}": tensor
-            for kind in ("model", "optimizer")
-            for name, tensor in state[kind].items()
-        }
-        self.training.restore(WholeTensors(tensors, state["plain"]))
 
     def check_replicas(self) -> None:
         """Compare, bit by bit, what several ranks hold of the same.

@@ -238,12 +238,12 @@ class Run:
             LossError: weights or optimizer state are not finite; nothing is written.
         """
         self._require_open()
-        if folder is None and not self.path:
-            return None
-        place = Path(folder) if folder is not None else Path(self.path) / "checkpoints"
         with self.context.watch.doing("writing the checkpoint"):
             held = self.runner.training.held()
             self._require_finite(held)
+            if folder is None and not self.path:
+                return None
+            place = Path(folder) if folder is not None else Path(self.path) / "checkpoints"
             notes = {"strategy": self.strategy.name, "data": self._data_identity()}
             saved = checkpoint.save(self.context, held, place, self.step_count, notes)
         self.context.sent.refresh()

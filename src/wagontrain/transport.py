@@ -133,11 +133,11 @@ class Context:
             return Pending(finish)
         # On a GPU the figures are copied out on a stream of their own: reading them then waits
         # for the forward that made them, and not for a backward that was queued after it.
-        stream = torch.cuda.Stream(local.device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(local.device)
         with torch.cuda.stream(stream):
             work.wait()
             host = torch.stack(rows).to("cpu", non_blocking=True)
-            copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied: Any = torch.cuda.Event()
             copied.record(stream)
 
         def finish_copy() -> list[list[float]]:
@@ -253,7 +253,7 @@ class Stopwatch:
         """Now, on the device's own time line."""
         if not self._cuda:
             return time.perf_counter()
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 

@@ -52,6 +52,6 @@ def unused_in_trial(task: Task, objective: Objective, model: nn.Module) -> list[
     other, batch = trial_model(task, model), trial_batch(task, objective.device)
     with torch.random.fork_rng():
         loss = objective(other, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         objective.require_mean(other.eval(), batch)
     return [name for name, parameter in trainable(other) if parameter.grad is None]

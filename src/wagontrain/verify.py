@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from wagontrain import launch
-from wagontrain.building import skeleton
 from wagontrain.engines import Local, check_workers
 from wagontrain.errors import TrainingError, UsageError
 from wagontrain.folder import RunFolder
@@ -237,9 +236,7 @@ def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int)
         for batch in stretch(run.training, first_step(task, steps), steps):
             loss = run.step(batch).loss
             losses.append(math.nan if loss is None else loss)
-        # Names of the plain model: a rank may hold only some of its layers.
-        plain = skeleton(task) or task.build_model()
-        trace = Trace.of(losses, plain, run.runner.state_dict()["model"])
+        trace = Trace.of(losses, task.build_model(), run.runner.state_dict()["model"])
         run.close()
     return trace
 

@@ -166,7 +166,7 @@ def spoiled(context: Context, spoiler: str, *problem: str) -> Trace:
             trace = Trace.of(
                 [float("nan") if x is None else x for x in losses],
                 run.model,
-                run.model.state_dict(),
+                run.runner.state_dict()["model"],
             )
             run.close()
     return trace
@@ -195,7 +195,7 @@ def _clips_shards(runner: Any) -> None:
 
 
 def _norms_per_worker(runner: Any) -> None:
-    runner._open.close()
+    runner.open.close()
     runner.check_replicas = lambda: None
 
 

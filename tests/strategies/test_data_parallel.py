@@ -494,7 +494,7 @@ def spoiled_save(context: Context) -> tuple[str, str]:
         batches = run.batches()
         run.step(next(batches))
         messages = []
-        for attempt in (run.save_weights, lambda: run.step(next(batches))):
+        for attempt in (run.save, lambda: run.step(next(batches))):
             try:
                 attempt()
             except wt.LossError as error:

@@ -402,9 +402,7 @@ def test_borders_make_the_slowest_stage_as_quick_as_can_be() -> None:
         borders = cutting.balance(seconds, [0.0] * 7, free, weighty, stages)
         assert borders is not None
         slowest = max(sum(seconds[a:b]) for a, b in itertools.pairwise(borders))
-        ways = (
-            (0, *inner, 6) for inner in itertools.combinations(range(1, 6), stages - 1)
-        )
+        ways = ((0, *inner, 6) for inner in itertools.combinations(range(1, 6), stages - 1))
         assert slowest == min(
             max(sum(seconds[a:b]) for a, b in itertools.pairwise(way)) for way in ways
         )

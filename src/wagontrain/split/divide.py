@@ -35,7 +35,7 @@ def splittable(layer: nn.Module) -> tuple[Cut, ...]:
     if type(layer) is nn.Embedding:
         return ("row",) if layer.max_norm is None and not layer.scale_grad_by_freq else ()
     if type(layer) in CONVOLUTIONS:
-        return ("column",) if layer.groups == 1 else ()  # type: ignore[union-attr]
+        return ("column",) if layer.groups == 1 else ()
     return ()
 
 
@@ -175,7 +175,7 @@ def _divided_dims(layer: nn.Module, cut: Cut) -> dict[str, int]:
 
 def _consistent(model: nn.Module, placement: Placement) -> dict[str, Cut]:
     """The layers to split; tied weights are divided in one way, or left whole."""
-    cuts = {name: cut for name, cut in placement.items() if cut != "whole"}
+    cuts: dict[str, Cut] = {name: cut for name, cut in placement.items() if cut != "whole"}
     users: dict[int, dict[str, int | None]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         layer, _, key = name.rpartition(".")

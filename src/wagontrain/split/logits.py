@@ -188,7 +188,7 @@ def _cross_entropy(
 _ABOUT_THE_TENSOR = {
     Tensor.dtype.__get__, Tensor.device.__get__, Tensor.requires_grad.__get__, Tensor.dim,  # type: ignore[attr-defined]
     Tensor.ndim.__get__, Tensor.is_floating_point, Tensor.is_complex, Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.is_sparse.__get__, Tensor.grad_fn.__get__, Tensor.ndimension, Tensor.as_subclass,  # type: ignore[attr-defined]
+    Tensor.is_sparse.__get__, Tensor.grad_fn.__get__, Tensor.ndimension, Tensor.as_subclass,  # type: ignore[attr-defined,union-attr]
 }  # fmt: skip
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

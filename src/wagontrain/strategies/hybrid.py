@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -117,12 +117,12 @@ def by_traffic(prepared: Prepared, batch_size: int, ranks: int) -> dict[str, Cut
     for name in names:
         if name in placement:
             continue
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         rows = batch_size * _rows(layer, observed.shapes[name]) / prepared.samples
         cut, sent = _cheapest(layer, rows, ranks)
-        after = observed.pairs.get(name)
+        after = observed.pairs.get(name, "")
         if after in names and observed.once(name) and observed.once(after):
-            follower = model.get_submodule(after)
+            follower: Any = model.get_submodule(after)
             both = rows * (layer.in_features + follower.out_features)
             if both < sent + _cheapest(follower, rows, ranks)[1]:
                 placement |= {name: "column", after: "row"}
