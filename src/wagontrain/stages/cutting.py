@@ -9,25 +9,18 @@ measured seconds of its calls and what its borders take to cross at a nominal sp
 from __future__ import annotations
 
 import itertools
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from wagontrain.errors import UsageError
-from wagontrain.stages.recording import Blueprint, Held, Recording, Value
+from wagontrain.stages.recording import Held, Recording, Value
 
 BYTES_PER_SECOND = 125e6
 """Nominal speed at which activations cross a border: 1 Gbit/s."""
-
-_FLOPS_PER_SECOND = 1e10
-_TIMES = 3
 
 
 @dataclass(frozen=True)
@@ -236,47 +229,6 @@ def cut(recording: Recording, uses: Uses, seconds: Sequence[float], stages: int)
     )
 
 
-def measured(recording: Recording, model: nn.Module, inputs: Any, precision: Any) -> list[float]:
-    """Seconds of each call, forward and backward, the best of a few times.
-
-    Args:
-        recording: of the forward pass.
-        model: with memory; its gradients and buffers are changed.
-        inputs: of the shapes recorded.
-        precision: makes the context to compute in.
-    """
-    best = [math.inf] * len(recording.calls)
-    for _ in range(_TIMES):
-        values = dict(enumerate(_leaves(inputs)))
-        with precision():
-            for position, call in enumerate(recording.calls):
-                for number in set(call.takes):
-                    leaf = values[number].detach().requires_grad_(values[number].requires_grad)
-                    values[number] = leaf.clone()  # a leaf itself cannot be changed in place
-                began = time.perf_counter()
-                call.run(model, values)
-                results = [values[number] for number in call.results]
-                wanted = [value for value in results if value.requires_grad]
-                torch.autograd.backward(wanted, [torch.ones_like(value) for value in wanted])
-                best[position] = min(best[position], time.perf_counter() - began)
-    return best
-
-
-def counted(recording: Recording, blueprint: Blueprint, inputs: Any, precision: Any) -> list[float]:
-    """What each call would take at a nominal speed, from its operations: without any memory."""
-    costs = []
-    with blueprint.mode, precision(), torch.no_grad():
-        values: dict[int, Tensor] = {
-            number: torch.empty(leaf.shape, dtype=leaf.dtype, device=blueprint.device)
-            for number, leaf in enumerate(_leaves(inputs))
-        }
-        for call in recording.calls:
-            with FlopCounterMode(display=False) as counter:
-                call.run(blueprint.model, values)
-            costs.append(3 * counter.get_total_flops() / _FLOPS_PER_SECOND)
-    return costs
-
-
 def _leaves(inputs: Any) -> list[Tensor]:
     return list(pytree.tree_leaves(inputs))
 
@@ -310,6 +262,16 @@ class Stage:
                     values[leaf.number] = values[leaf.number].clone()
             call.run(model, values)
         return values
+
+
+def slowest(recording: Recording, seconds: Sequence[float], borders: Sequence[int]) -> float:
+    """Seconds of the slowest stage, crossing its borders included."""
+    crossed = [each / BYTES_PER_SECOND for each in Crossing.of(recording).bytes]
+    crossed[0] = crossed[-1] = 0.0
+    return max(
+        sum(seconds[first:last]) + crossed[first] + crossed[last]
+        for first, last in itertools.pairwise(borders)
+    )
 
 
 def stages_of(recording: Recording, borders: Sequence[int]) -> list[Stage]:

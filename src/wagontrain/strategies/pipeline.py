@@ -36,19 +36,20 @@ from wagontrain.mesh import World
 from wagontrain.objective import Evaluation, Objective, nothing
 from wagontrain.replication import Buckets
 from wagontrain.stages import cutting
-from wagontrain.stages.cutting import Stage, Uses
+from wagontrain.stages.cutting import Stage
 from wagontrain.stages.holding import give_memory, let_go
-from wagontrain.stages.recording import Blueprint, Recording
+from wagontrain.stages.planning import plan
+from wagontrain.stages.recording import Blueprint
 from wagontrain.stages.running import Kind, Load, pieces, real_samples, schedule
 from wagontrain.stages.sums import sum_gradients
 from wagontrain.strategy import Strategy
 from wagontrain.synchronous import Synchronous, require_weight
 from wagontrain.task import Task, trainable
 from wagontrain.transport import Context
-from wagontrain.trial import trial_batch, trial_model, unused_in_trial
+from wagontrain.trial import unused_in_trial
 
-_PER_STAGE = 4
-"""Micro-batches for each stage where their number is not given: a bubble of a fifth (GPipe)."""
+_PER_STAGE = (1, 2, 4)
+"""Micro-batches for each stage to choose among; with 4 a fifth of a step is idle (GPipe)."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class Pipeline(Strategy):
 
     Args:
         degree: ranks in a pipeline; all where not given. The rest of the world is data parallel.
-        micro_batches: that each batch of a pipeline is cut into; where not given, four for each
-            stage, but no more than there are samples, and one where the model has batch norm.
+        micro_batches: that each batch of a pipeline is cut into; where not given, one, two or four
+            for each stage, whichever a trial says is quickest, but no more than there are
+            samples; one in all where the model has batch norm.
         schedule: "gpipe" goes forward with all micro-batches, then backward; "1f1b" goes backward
             as soon as it can, and so keeps activations of `degree` micro-batches only;
             "interleaved" gives every rank two stages, for a smaller bubble and more traffic.
@@ -137,16 +139,17 @@ class PipelineRunner(Synchronous):
         bare = next(model.parameters()).is_meta
         self.kind = strategy.schedule
         self.total = degree * (2 if self.kind == "interleaved" else 1)
-        self.micro_batches = _micro_batches(strategy, task, model, world.size // degree, self.total)
+        samples = samples_of(task, world.size // degree)
+        counts = _micro_batches(strategy, model, samples, self.total)
         if not bare:
             model = model.to(world.device)
             unused_in_trial(task, Objective(task, world.device), model)
         self.blueprint = Blueprint(model, world.device, share=1 / (2 * self.total))
-        self._precision = Objective(task, world.device).precision
-        self.recording, self.borders, uses = self._planned(task, context, model)
+        self.plan = plan(task, context, model, self.blueprint, counts, samples, self.total)
+        self.micro_batches, uses = self.plan.micro_batches, self.plan.uses
         self.axes = axes = lay_out(context, degree)
         self.numbers = range(axes.model.index, self.total, degree)
-        held = uses.held(self.borders)
+        held = uses.held(self.plan.borders)
         own = set().union(*(held[number] for number in self.numbers))
         first = {name: number for number in reversed(range(self.total)) for name in held[number]}
         layouts = {
@@ -168,24 +171,6 @@ class PipelineRunner(Synchronous):
         self.speaks = self.total - 1 in self.numbers
         self.load = Load()
         self._runs: dict[Any, Any] = {}
-
-    def _planned(
-        self, task: Task, context: Context, model: nn.Module
-    ) -> tuple[Recording, list[int], Uses]:
-        """The forward pass on a few samples, and where it is cut: the same on every rank."""
-        micro = trial_batch(task, context.world.device)
-        with self._precision():
-            recording = self.blueprint.record(micro.inputs, training=True)
-        uses = Uses(self.blueprint.model, recording)
-        seconds = [0.0] * len(recording.calls)
-        if next(model.parameters()).is_meta:
-            seconds = cutting.counted(recording, self.blueprint, micro.inputs, self._precision)
-        elif context.world.rank == 0:
-            with torch.random.fork_rng():
-                other = trial_model(task, model)
-                seconds = cutting.measured(recording, other, micro.inputs, self._precision)
-        seconds = context.gather(seconds)[0]
-        return recording, cutting.cut(recording, uses, seconds, self.total), uses
 
     # --- one step -------------------------------------------------------------------------------
 
@@ -247,15 +232,15 @@ class PipelineRunner(Synchronous):
         leaves = pytree.tree_leaves(load[0].inputs)
         key = (training, len(load), *((leaf.shape, leaf.dtype) for leaf in leaves))
         if key not in self._runs:
-            with self._precision():
+            with self.objective.precision():
                 recording = self.blueprint.record(load[0].inputs, training)
-            if recording.path != self.recording.path:
+            if recording.path != self.plan.recording.path:
                 raise UsageError(
                     "the model cannot be cut into stages: its forward calls other layers in "
                     "validation, or for other shapes, than in the trial step; use the strategy "
                     "sharded"
                 )
-            every = cutting.stages_of(recording, self.borders)
+            every = cutting.stages_of(recording, self.plan.borders)
             self._runs[key] = schedule(
                 self.kind, [(number, every[number]) for number in self.numbers], self.total,
                 len(load), self.axes.model, self._device, self.load, training,
@@ -309,8 +294,8 @@ class PipelineRunner(Synchronous):
         self.axes.close()
 
 
-def _micro_batches(strategy: Pipeline, task: Task, model: nn.Module, rows: int, stages: int) -> int:
-    """How many micro-batches each batch of a pipeline is cut into.
+def _micro_batches(strategy: Pipeline, model: nn.Module, samples: int, stages: int) -> list[int]:
+    """How many micro-batches each batch of a pipeline may be cut into.
 
     Raises:
         TaskError: several were asked for, and the model has batch norm.
@@ -321,7 +306,9 @@ def _micro_batches(strategy: Pipeline, task: Task, model: nn.Module, rows: int, 
         or (isinstance(module, _NormBase) and module.track_running_stats)
     ]  # fmt: skip
     if not looks_across:
-        return strategy.micro_batches or min(_PER_STAGE * stages, samples_of(task, rows))
+        given = strategy.micro_batches
+        several = sorted({min(samples, factor * stages) for factor in _PER_STAGE})
+        return several if given is None else [given]
     if (strategy.micro_batches or 1) > 1:
         raise TaskError(
             f"layer {looks_across[0]!r} is a batch norm, which looks across the samples of a "
@@ -329,4 +316,4 @@ def _micro_batches(strategy: Pipeline, task: Task, model: nn.Module, rows: int, 
             "themselves: leave out micro_batches, use Task.accumulate, or the strategy "
             "data-parallel"
         )
-    return 1
+    return [1]
