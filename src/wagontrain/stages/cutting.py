@@ -217,7 +217,7 @@ def cut(recording: Recording, uses: Uses, seconds: Sequence[float], stages: int)
     most = max((count for count in range(1, stages) if possible(count)), default=1)
     instead = f"give a degree of at most {most}" if most > 1 else "use the strategy split-weights"
     tied = uses.tied()
-    if tied and possible(stages, tied=True):
+    if tied and possible(most + 1, tied=True):
         raise UsageError(
             f"the model cannot be cut into {stages} stages: {' and '.join(tied[:2])} "
             f"{'are' if len(tied) > 1 else 'is'} used in places that would be in different stages "

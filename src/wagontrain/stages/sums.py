@@ -14,8 +14,16 @@ _BUCKET_BYTES = 5 * 2**20
 
 def sum_gradients(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     """Sum gradients over a group, some MiB at a time; what has none anywhere is left without."""
-    if not parameters:
-        return
+    sparse = [value.grad for value in parameters if value.grad is not None and value.grad.is_sparse]
+    on_their_way: list[Any] = [dist.all_reduce(each, group=group, async_op=True) for each in sparse]
+    parameters = [value for value in parameters if value.grad is None or not value.grad.is_sparse]
+    if parameters:
+        _sum_dense(parameters, group)
+    for work in on_their_way:
+        work.wait()
+
+
+def _sum_dense(parameters: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     missing = parameters[0].new_tensor([value.grad is None for value in parameters])
     buckets: list[list[Tensor]] = [[]]
     size = 0
