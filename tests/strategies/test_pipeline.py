@@ -144,6 +144,16 @@ def test_what_goes_around_layers_crosses_borders(gang: Gang, size: int) -> None:
     require_exact(gang, size, {}, "skips")
 
 
+def tables() -> nn.Module:
+    return nn.Sequential(nn.Embedding(11, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+
+
+def test_sparse_gradients_are_summed_over_pipelines(gang: Gang) -> None:
+    data = TensorDataset(classes(SAMPLES * 3, 11).view(SAMPLES, 3), classes(SAMPLES, 3))
+    plain = partial(torch.optim.SGD, lr=0.1)
+    require_exact(gang, 4, {"degree": 2}, "layers", model=tables, train=data, optimizer=plain)
+
+
 # --- what travels -------------------------------------------------------------------------------
 
 
