@@ -58,10 +58,13 @@ class GatheredFigures(Figures):
         """Start to gather, then go backward."""
         # On the device: reading the loss here would wait for it.
         weighted = [value.detach() * weight for value, weight in part if weight]
-        total = torch.stack(weighted).sum() if weighted else loss.new_zeros(())
+        self.tell(torch.stack(weighted).sum() if weighted else loss.new_zeros(()), times)
+        loss.backward(loss.new_tensor(scale))
+
+    def tell(self, total: Tensor, times: Sequence[float]) -> None:
+        """Start to gather: the sum of weighted losses, a scalar tensor, and the other figures."""
         figures = torch.cat([total.view(1), total.new_tensor(times)])
         self._pending = self._context.gather_later(figures)
-        loss.backward(loss.new_tensor(scale))
 
     def result(self) -> list[list[float]]:
         """What was gathered."""

@@ -244,7 +244,7 @@ class Objective:
         count = cut.stop - cut.start
         return loss, self.weight(MicroBatch(None, wanted, count, count))
 
-    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluation:
+    def evaluate(self, model: Callable[..., Any], batch: Batch) -> Evaluation:
         """Loss and metrics of the task on this rank's share, as weighted sums.
 
         Raises:
@@ -352,8 +352,17 @@ def _plainly(loss: Any, output: Any, target: Any) -> Any:
     return loss(output, target)
 
 
-def require_finite(losses: Sequence[float], batch: Batch, cut: Cut, model: nn.Module) -> None:
+def require_finite(
+    losses: Sequence[float], batch: Batch, cut: Cut, model: nn.Module, shares: Sequence[int]
+) -> None:
     """Check each rank's part of the loss of a step, before the update that would follow.
+
+    Args:
+        losses: one for each rank.
+        batch: of the step.
+        cut: how this rank takes its share.
+        model: or what this rank has of it.
+        shares: which of the shares each rank takes.
 
     Raises:
         LossError: one is not finite; the message says which step, rank and samples.
@@ -362,7 +371,7 @@ def require_finite(losses: Sequence[float], batch: Batch, cut: Cut, model: nn.Mo
     if not bad:
         return
     rank = bad[0]
-    pieces = dataclasses.replace(cut, rank=rank).micro_batches(
+    pieces = dataclasses.replace(cut, rank=shares[rank]).micro_batches(
         batch.positions, len(batch.micro_batches)
     )
     samples = ", ".join(f"{mine.start} to {mine.stop - 1}" for _, mine in pieces if len(mine))

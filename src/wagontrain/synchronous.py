@@ -72,7 +72,8 @@ class Synchronous(Runner):
         self.update = Update(task, model, self._norm if divided else None)
         self.objective = Objective(task, world.device)
         # Ranks that see the same samples have the same loss: the first of them tells it.
-        self.speaks = world.rank == min(self._same_samples())
+        self.shares = self._shares()
+        self.speaks = world.rank == self.shares.index(self.data.index)
         self.figures: Figures = GatheredFigures(context)
         self.forward: Callable[..., Any] = model
         self.replication: Replication | None = None
@@ -85,13 +86,12 @@ class Synchronous(Runner):
             self.open.enter_context(global_batch_norm(model, self.data.side, self.participation))
         model.train()
 
-    def _same_samples(self) -> list[int]:
-        """Ranks that see what this one sees."""
+    def _shares(self) -> list[int]:
+        """Which share of a batch each rank sees."""
         size = self.context.world.size
         if self.data.size == size:
-            return [self.context.world.rank]
-        rows = self.context.gather_integers([self.data.index])
-        return [rank for rank, row in enumerate(rows) if row[0] == self.data.index]
+            return list(range(size))
+        return [row[0] for row in self.context.gather_integers([self.data.index])]
 
     def replicate(self, axis: Axis, buckets: Buckets) -> None:
         """Sum the gradients of the parameters that the ranks of an axis hold alike."""
@@ -143,7 +143,8 @@ class Synchronous(Runner):
         marks.ready = self.ready or marks.exchanged
         rows = self.figures.result()
         try:
-            require_finite([row[0] for row in rows], batch, self.cut, self.model)
+            losses = [row[0] for row in rows]
+            require_finite(losses, batch, self.cut, self.model, self.shares)
         except LossError:
             if self.replication is not None:
                 self.replication.finish()

@@ -18,11 +18,11 @@ from wagontrain.task import Task, trainable
 _SAMPLES = 8
 
 
-def trial_batch(task: Task, device: torch.device) -> MicroBatch:
+def trial_batch(task: Task, device: torch.device, samples: int = _SAMPLES) -> MicroBatch:
     """A few samples, the same on every rank."""
     few = dataclasses.replace(
         task,
-        batch_size=min(_SAMPLES, task.batch_size),
+        batch_size=min(samples, task.batch_size),
         accumulate=1,
         shuffle=False,
         loader_workers=0,

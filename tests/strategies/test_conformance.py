@@ -56,8 +56,34 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "sharded": [{"least": 8}, {"stage": 2}, {"stage": 1}],
     "split-weights": [{}, {"degree": 2}],
     "hybrid": [{"placement": "all"}, {}, {"placement": "all", "chunks": 3}],
+    "pipeline": [{}, {"degree": 2}],
+}
+# Problems that a strategy has no way to take: from which size of its groups on, and why.
+REFUSED = {
+    ("pipeline", "linear-regression"): (2, "parts with weights for 1"),
+    ("pipeline", "tied-weights"): (2, "tied weights"),
+    ("pipeline", "frozen-unused"): (3, "parts with weights for 2"),
+    ("pipeline", "embedding"): (3, "parts with weights for 2"),
+    ("pipeline", "dict-inputs"): (3, "parts with weights for 2"),
+    ("pipeline", "tuple-inputs"): (3, "parts with weights for 2"),
+    ("pipeline", "dropout-off"): (3, "parts with weights for 2"),
+    ("pipeline", "padded-tokens"): (3, "parts with weights for 2"),
 }
 HOW = [("momentum", "plain"), ("adam", "clip"), ("momentum", "accumulate"), ("adam", "scheduler")]
+
+
+def refusal(strategy: str, settings: dict[str, Any], problem: str, size: int) -> str | None:
+    """Words of the message with which a strategy refuses a problem; None where it takes it."""
+    least, words = REFUSED.get((strategy, problem), (size + 1, ""))
+    return words if settings.get("degree", size) >= least else None
+
+
+def sizes(defaults: bool, plainly: bool) -> tuple[int, ...]:
+    """World sizes: all of them once, an uneven one for each way of stepping."""
+    if not defaults:
+        return (2, 4)
+    return (1, 2, 3, 4) if plainly else (3,)
+
 
 CASES = [
     pytest.param(
@@ -72,7 +98,8 @@ CASES = [
     for number, settings in enumerate(SETTINGS.get(name, [{}]))
     for problem in PROBLEMS
     for how in (HOW if number == 0 else HOW[:1])
-    for size in ((1, 2, 3, 4) if number == 0 else (2, 4))
+    for size in sizes(number == 0, how == HOW[0])
+    if refusal(name, settings, problem, size) is None
 ]
 
 
@@ -90,6 +117,35 @@ def test_trains_as_one_process(
     for trace, _ in gang.run(size, trained, strategy, settings, problem, optimizer, variant):
         verdict = verify.compare(trace, reference, wt.make_strategy(strategy), size, "float64")
         assert verdict.passed, verdict
+
+
+def refused(context: Context, strategy: str, settings: dict[str, Any], problem: str) -> str | None:
+    """The message with which a strategy refuses a problem."""
+    try:
+        wt.Run(build(problem), wt.make_strategy(strategy, settings), context)
+    except (wt.UsageError, wt.TaskError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "problem", "size"),
+    [
+        (*both, size)
+        for both in REFUSED
+        for size in (2, 3, 4)
+        if refusal(both[0], {}, both[1], size)
+    ],
+)
+def test_refuses_on_every_rank_with_a_reason(
+    gang: Gang, strategy: str, problem: str, size: int
+) -> None:
+    words = refusal(strategy, {}, problem, size)
+    assert words is not None
+    for message in gang.run(size, refused, strategy, {}, problem):
+        assert message is not None
+        assert words in message
+        assert message.count("\n") == 0
 
 
 def test_the_strategies_that_are_there_are_covered() -> None:
