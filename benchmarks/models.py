@@ -213,9 +213,9 @@ def gpt() -> Problem:
 class Recommender(nn.Module):
     """Large tables of embeddings under a small network; only the rows in a batch are touched."""
 
-    def __init__(self, fields: int, rows: int, width: int) -> None:
+    def __init__(self, fields: int, rows: int, width: int, sparse: bool) -> None:
         super().__init__()
-        self.tables = nn.ModuleList(nn.Embedding(rows, width, sparse=True) for _ in range(fields))
+        self.tables = nn.ModuleList(nn.Embedding(rows, width, sparse=sparse) for _ in range(fields))
         self.head = nn.Sequential(
             nn.Linear(fields * width, 256), nn.ReLU(), nn.Linear(256, 64), nn.ReLU(),
             nn.Linear(64, 1),
@@ -227,7 +227,7 @@ class Recommender(nn.Module):
         return self.head(torch.cat(found, 1)).squeeze(1)
 
 
-def recommender() -> Problem:
+def recommender(sparse: bool = True) -> Problem:
     """Four million rows of 16 numbers in eight tables: 64 M parameters, almost all untouched."""
     fields, rows = 8, 500_000
 
@@ -236,13 +236,19 @@ def recommender() -> Problem:
         clicks = torch.randint(0, 2, (4096,), generator=_generator()).float()
         return TensorDataset(codes, clicks)
 
-    model = partial(Recommender, fields, rows, 16)
+    model = partial(Recommender, fields, rows, 16, sparse)
     sgd = partial(torch.optim.SGD, lr=0.1)
     return Problem(model, F.binary_cross_entropy_with_logits, sgd, data, 1024)
 
 
+def dense_recommender() -> Problem:
+    """The same with embeddings as torch makes them by default: gradients of whole tables."""
+    return recommender(sparse=False)
+
+
 PROBLEMS: dict[str, Callable[[], Problem]] = {
-    function.__name__: function for function in (speech, alexnet, vgg16, resnet18, gpt, recommender)
+    function.__name__: function
+    for function in (speech, alexnet, vgg16, resnet18, gpt, recommender, dense_recommender)
 }
 
 
