@@ -17,7 +17,7 @@ from torch import nn
 import wagontrain as wt
 from tests.gang import Gang
 from tests.problems import build
-from wagontrain import checkpoint, verify
+from wagontrain import checkpoint, pieces, verify
 from wagontrain.transport import Context
 
 STEPS = 6
@@ -188,7 +188,9 @@ def crashing(context: Context, folder: Path, at: str) -> None:
 
     patch = pytest.MonkeyPatch()
     try:
-        if at == "rename":
+        if at == "pieces.write":
+            patch.setattr(pieces, "write", crash)
+        elif at == "rename":
             patch.setattr(Path, "rename", crash)
         else:
             patch.setattr(checkpoint, at, crash)
@@ -198,7 +200,7 @@ def crashing(context: Context, folder: Path, at: str) -> None:
         patch.undo()
 
 
-@pytest.mark.parametrize("at", ["write", "flush_to_disk", "rename"])
+@pytest.mark.parametrize("at", ["pieces.write", "flush_to_disk", "rename"])
 def test_a_crash_while_saving_leaves_the_one_before(tmp_path: Path, at: str) -> None:
     way = ("data-parallel", {}, 1)
     steps(Context(), way, ("embedding",), tmp_path, 1, False)

@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from wagontrain import plain
 from wagontrain.errors import UsageError
-from wagontrain.layout import Layout
-from wagontrain.pieces import Piece, as_bytes, checksum, flush_to_disk, read, write
+from wagontrain.folder import checksum, flush_to_disk
+from wagontrain.layout import Layout, Piece, as_bytes
 from wagontrain.state import Held, Source, announced, shared_plain
 from wagontrain.transport import Context
 from wagontrain.version import __version__
@@ -90,25 +89,17 @@ class Checkpoint:
                     f"checkpoint {str(self.path)!r} is damaged: {name} {what}; take an earlier one"
                 )
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every whole tensor."""
-        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
-        return {
-            name: tuple(entry.size)  # type: ignore[union-attr]
-            for name, entry in metadata.state_dict_metadata.items()
-        }
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every whole tensor."""
+        from wagontrain import pieces
+
+        return pieces.described(self.path)
 
     def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
         """The wanted parts, each read from where its pieces lie."""
-        return read(self.path, wanted)
+        from wagontrain import pieces
 
-    def kinds(self) -> dict[str, torch.dtype]:
-        """Type of every whole tensor."""
-        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata()
-        return {
-            name: entry.properties.dtype  # type: ignore[union-attr]
-            for name, entry in metadata.state_dict_metadata.items()
-        }
+        return pieces.read(self.path, wanted)
 
 
 def latest(folder: Path) -> Checkpoint:
@@ -197,17 +188,21 @@ def _is_here(file: Path) -> bool:
 
 def _write_own(held: Held, folder: Path, rank: int) -> dict[str, str]:
     """Write the pieces that this rank answers for; returns the checksum of every file."""
-    pieces = (
+    own = (
         (name, layout.shape, offset, piece)
         for name, layout in held.layouts.items()
         if layout.owner
         for offset, piece in layout.pieces(held.tensors[name])
     )
-    return write(pieces, folder, f"rank{rank}")
+    from wagontrain import pieces
+
+    return pieces.write(own, folder, f"rank{rank}")
 
 
 def _write_for_others(context: Context, held: Held, folder: Path) -> dict[str, str]:
     """Rank 0 receives the other ranks' pieces and writes them; returns checksums there."""
+    from wagontrain import pieces
+
     everyones = announced(context, held)
 
     def arriving(rank: int) -> Iterator[Piece]:
@@ -222,7 +217,7 @@ def _write_for_others(context: Context, held: Held, folder: Path) -> dict[str, s
     files: dict[str, str] = {}
     for rank in range(1, context.world.size):
         if context.world.rank == 0:
-            files |= write(arriving(rank), folder, f"rank{rank}")
+            files |= pieces.write(arriving(rank), folder, f"rank{rank}")
         elif context.world.rank == rank:
             for name, layout in held.layouts.items():
                 for _, piece in layout.pieces(held.tensors[name]) if layout.owner else ():
@@ -254,7 +249,8 @@ class Restored(Source):
                 content = checkpoint.description
             except UsageError as error:
                 complaint = str(error)
-        shapes = checkpoint.shapes() if first and not complaint else {}
+        tensors = checkpoint.tensors() if first and not complaint else {}
+        shapes = {name: shape for name, (shape, _) in tensors.items()}
         told = json.dumps([complaint, plain.encode(content), shapes]).encode()
         complaint, text, found = json.loads(context.gather_bytes(told if first else b"")[0])
         if complaint:
@@ -295,14 +291,13 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
         UsageError: the checkpoint is damaged, or the file cannot be written.
     """
     checkpoint.check()
-    kinds = checkpoint.kinds()
     header: dict[str, Any] = {}
     end = 0
-    shapes = {name: shape for name, shape in checkpoint.shapes().items() if _is_model(name)}
-    for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * kinds[name].itemsize
+    tensors = {name: each for name, each in checkpoint.tensors().items() if _is_model(name)}
+    for name, (shape, kind) in tensors.items():
+        start, end = end, end + math.prod(shape) * kind.itemsize
         header[name.removeprefix(_MODEL)] = {
-            "dtype": _SAFETENSORS[kinds[name]], "shape": shape, "data_offsets": [start, end],
+            "dtype": _SAFETENSORS[kind], "shape": shape, "data_offsets": [start, end],
         }  # fmt: skip
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -310,7 +305,7 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
     try:
         with part.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in shapes.items():
+            for name, (shape, _) in tensors.items():
                 tensor = checkpoint.read({name: Layout(shape)})[name]
                 out.write(as_bytes(tensor).numpy().data)
         flush_to_disk(part)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,15 @@ class Layout:
         return replace(self, shape=tuple(state.shape), dim=None, ranges=())
 
 
+Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
+"""Name, shape of the whole tensor, where the piece begins in it, and the piece."""
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as the bytes that it is: not every engine knows every type."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def full_name(layer: str, key: str) -> str:
     """Name of a layer's tensor in the model's `state_dict`; a model that is one layer has none."""
     return f"{layer}.{key}" if layer else key
@@ -77,17 +85,25 @@ def full_name(layer: str, key: str) -> str:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, as a plain one that shares its memory."""
-    if isinstance(tensor, DTensor):
-        inner: Tensor = tensor.to_local().detach()
+    inside: Any = tensor
+    if _is_dtensor(tensor):
+        inner: Tensor = inside.to_local().detach()
         return inner
     return tensor.detach()
 
 
 def as_part_of(parameter: Tensor, part: Tensor) -> Tensor:
     """A rank's part of optimizer state, as the kind of tensor that its parameter is."""
-    if not isinstance(parameter, DTensor) or part.shape != parameter.to_local().shape:
-        return part
     spec: Any = parameter
+    if not _is_dtensor(parameter) or part.shape != spec.to_local().shape:
+        return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part, spec.device_mesh, spec.placements, shape=spec.shape, stride=spec.stride()
     )
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """By its method: importing the class takes half a second, and few strategies have any."""
+    return hasattr(tensor, "to_local")

@@ -1,14 +1,13 @@
 """Pieces of tensors in files: torch.distributed.checkpoint's safetensors form.
 
 Each piece is stored under its tensor's name, and the file's header says where in the whole tensor
-it begins. Nothing is a pickle.
+it begins. Nothing is a pickle. Loading torch.distributed.checkpoint takes a second, so that this
+module is imported only where something is saved or restored.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from wagontrain.errors import TrainingError
-from wagontrain.layout import Layout
+from wagontrain.folder import checksum, flush_to_disk
+from wagontrain.layout import Layout, Piece
 from wagontrain.task import origin
 
 # Writing a file takes three times its size in memory.
@@ -83,10 +83,6 @@ class _OwnPart(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         pieces: Pieces = self.state_dict[index.fqn]
         return pieces.at(index)
-
-
-Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
-"""Name, shape of the whole tensor, where the piece begins in it, and the piece."""
 
 
 def write(pieces: Iterator[Piece], folder: Path, label: str) -> dict[str, str]:
@@ -166,18 +162,10 @@ def _box(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
     return tuple(slice(at, at + n) for at, n in zip(offsets, lengths, strict=True))
 
 
-def checksum(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "blake2b").hexdigest()
-
-
-def flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)
+def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every whole tensor in the files of a folder."""
+    metadata: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
+    return {
+        name: (tuple(entry.size), entry.properties.dtype)
+        for name, entry in metadata.state_dict_metadata.items()
+    }

@@ -76,7 +76,12 @@ def find(name: str) -> type[Strategy]:
     Raises:
         UsageError: there is none; the message names the nearest.
     """
-    known = built_in()
+    own = {module.name for module in pkgutil.iter_modules(strategies.__path__)}
+    file = name.replace("-", "_")
+    # The others' engines need not be loaded: a process with several of them starts seconds later.
+    known = dict(_strategies_in(f"{strategies.__name__}.{file}")) if file in own else {}
+    if name not in known:
+        known = built_in()
     if name not in known:  # another package that is broken must not be in the way of our own
         known = discover()
     if name not in known:
