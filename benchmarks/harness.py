@@ -229,13 +229,18 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def prepare() -> None:
+    """Let contenders find the sources, whatever folder this was started in."""
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = f"{ROOT / 'src'}:{ROOT}"
+
+
 def main() -> None:
     asked = options().parse_args()
     asked.baseline = asked.baseline or asked.contenders[0]
     for contender in asked.contenders:
         command(contender, asked.models[0], asked)  # a name that is wrong is refused here
-    os.chdir(ROOT)
-    os.environ["PYTHONPATH"] = f"{ROOT / 'src'}:{ROOT}"
+    prepare()
     outcomes = measure(asked)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{asked.name}"
