@@ -58,6 +58,11 @@ class Failure:
         part.rename(part.with_suffix(".json"))
 
     @property
+    def follows(self) -> bool:
+        """Whether it is a consequence of another rank's end."""
+        return self.kind in ("peer", "lost")
+
+    @property
     def exit_status(self) -> int:
         """The exit status of a process that ends with this."""
         return UsageError.exit_status if self.kind == "usage" else WagontrainError.exit_status
@@ -106,7 +111,7 @@ def cause(
         hosts: where the ranks are, if not on this machine.
     """
     in_time = sorted(failures, key=lambda item: item.time)
-    own = [item for item in in_time if item.kind not in ("peer", "lost")]
+    own = [item for item in in_time if not item.follows]
     lost = [item for item in in_time if item.kind == "lost"]
     seen = list(codes)
     killed = [rank for rank in seen if codes[rank] < 0 and codes[rank] != -signal.SIGTERM]

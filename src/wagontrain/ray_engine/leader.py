@@ -149,7 +149,7 @@ class _Job:
         if not failed and not self.gone:
             return None
         now = time.monotonic()
-        lost_others = {failure.rank for failure in self.failures if failure.kind == "peer"}
+        lost_others = {failure.rank for failure in self.failures if failure.follows}
         known = bool(self.gone or failed - lost_others)
         wait = SETTLE_SECONDS if known else LOST_SECONDS
         return now + wait if before is None else min(before, now + wait)
@@ -162,7 +162,7 @@ class _Job:
     def _fail(self) -> NoReturn:
         for failure in self.failures:
             self.run.write_traceback(failure.rank, failure.traceback)
-        causes = [failure for failure in self.failures if failure.kind != "peer"]
+        causes = [failure for failure in self.failures if not failure.follows]
         gone = [*self.gone, *self._missing()]
         if gone and not causes:
             raise self._lost(gone[0])
