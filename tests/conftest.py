@@ -8,6 +8,7 @@ import torch
 
 from tests.commands import TASK
 from tests.gang import Gang
+from tests.hosts import Nursery
 from wagontrain.testbed.bed import why_not
 
 
@@ -17,6 +18,21 @@ def gang() -> Iterator[Gang]:
     shared = Gang()
     yield shared
     shared.stop()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Three hosts of a test bed, in which torch is imported already."""
+    made = Nursery(3, rate="1gbit")
+    yield made
+    made.down()
+
+
+@pytest.fixture
+def hosts(nursery: Nursery, task_file: Path) -> Iterator[Nursery]:
+    """The hosts, with nothing left of the test before, and a task file."""
+    yield nursery
+    nursery.reset()
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,18 @@ from tests.commands import ROOT
 from wagontrain.testbed.bed import Bed, Shape
 from wagontrain.testbed.run import variables
 
+# Long enough for processes that get little of a busy machine.
+PATIENCE = 5.0
+ASKED = ("run", "job.py:watched", "--run-dir", "R", "--patience", str(PATIENCE))
+
+
+def wait_for(file: Path, seconds: float = 60) -> None:
+    """Return when the file is there."""
+    limit = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < limit, f"no {file.name}"
+        time.sleep(0.05)
+
 
 class Nursery:
     """Hosts with a nursery process in each."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -27,6 +26,7 @@ from wagontrain.axes import Axis, start_exchange
 
 # Units whose gradients may be on their way at a time: each holds twice its size in memory.
 _IN_FLIGHT = 2
+_AHEAD = 2
 
 
 class _Arriving(dist.Work):
@@ -194,6 +194,11 @@ def shard(
 
 
 def fetch_ahead(units_in_order: list[Any]) -> None:
-    """Have each unit's weights on their way while the one before computes."""
-    for before, after in itertools.pairwise(units_in_order):
-        before.set_modules_to_forward_prefetch([after])
+    """Have the next units' weights on their way while one computes, forward and backward.
+
+    With one of them the link stands still while what has come is copied to its place.
+    """
+    for number, unit in enumerate(units_in_order):
+        unit.set_modules_to_forward_prefetch(units_in_order[number + 1 : number + 1 + _AHEAD])
+        behind = units_in_order[max(0, number - _AHEAD) : number]
+        unit.set_modules_to_backward_prefetch(behind[::-1])
