@@ -7,6 +7,7 @@ epochs with an uneven last batch, against a plain loop on one process.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import wagontrain as wt
 from tests.gang import Gang
-from tests.problems import PROBLEMS, build
+from tests.problems import OPTIMIZERS, PROBLEMS, VARIANTS, build
 from wagontrain import verify
 from wagontrain.reference import Trace, train_plainly
 from wagontrain.strategies.data_parallel import DataParallel
@@ -85,6 +86,13 @@ def sizes(defaults: bool, plainly: bool) -> tuple[int, ...]:
     return (1, 2, 3, 4) if plainly else (3,)
 
 
+def ways(name: str, defaults: bool) -> list[tuple[str, str]]:
+    """Optimizers with ways of stepping: every pair with data-parallel, each once with others."""
+    if not defaults:
+        return HOW[:1]
+    return list(itertools.product(OPTIMIZERS, VARIANTS)) if name == "data-parallel" else HOW
+
+
 CASES = [
     pytest.param(
         name,
@@ -97,8 +105,8 @@ CASES = [
     for name in EXACT
     for number, settings in enumerate(SETTINGS.get(name, [{}]))
     for problem in PROBLEMS
-    for how in (HOW if number == 0 else HOW[:1])
-    for size in sizes(number == 0, how == HOW[0])
+    for how in ways(name, number == 0)
+    for size in sizes(number == 0, how == HOW[0] or name == "data-parallel")
     if refusal(name, settings, problem, size) is None
 ]
 
