@@ -7,6 +7,8 @@ it, stop it or cut it off right there.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -15,7 +17,7 @@ import sys
 import time
 import traceback
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,19 @@ def wait_for(file: Path, seconds: float = 60) -> None:
 
 
 class Nursery:
-    """Hosts with a nursery process in each."""
+    """Hosts with a nursery process in each.
 
-    def __init__(self, hosts: int, **shape: Any) -> None:
+    Args:
+        hosts: how many.
+        modules: what else the processes import before they have children.
+        shape: of the test bed.
+    """
+
+    def __init__(self, hosts: int, modules: Sequence[str] = (), **shape: Any) -> None:
         self.bed = Bed.up(Shape(hosts, **shape))
         self._nurseries = [
             self.bed.start(
-                host, [sys.executable, "-m", "tests.hosts"], cwd=ROOT, text=True,
+                host, [sys.executable, "-m", "tests.hosts", *modules], cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )
             for host in range(hosts)
@@ -133,7 +141,10 @@ def _serve() -> None:
 
     from wagontrain import cli  # noqa: F401  imported here, so that children need not
 
+    for module in sys.argv[1:]:
+        importlib.import_module(module)
     torch.set_num_threads(1)
+    gc.freeze()  # or a child's first collection makes every page its own
     own_process = threading.Lock()
     print("ready", flush=True)
     for line in sys.stdin:

@@ -78,17 +78,36 @@ def _group_limits() -> list[int]:
     return [limit for limit in found if limit < 1 << 60]  # v1 writes a huge number for "none"
 
 
-def fits(task: Task, context: Context, share: float = 1.0) -> tuple[bool, int, int]:
-    """Whether `share` of a whole copy fits on every rank; bytes it takes, and the least usable.
+def taken_bytes() -> int:
+    """Memory that this process has taken already: torch alone takes some 200 MB.
+
+    Without what it shares with files, which the system can drop. 0 where it does not say.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    anonymous = next((line for line in lines if line.startswith("RssAnon:")), None)
+    return int(anonymous.split()[1]) * 1024 if anonymous else 0
+
+
+def fits(task: Task, context: Context) -> tuple[bool, int, int]:
+    """Whether a whole copy fits on every rank; bytes it takes, and the least that one has left.
 
     Where nobody can say it is taken to fit. Every rank has to call this.
     """
     model = skeleton(task)
     needed = 0 if model is None else bytes_to_train(model, task)
-    usable = usable_bytes(context.world.device) or 0
-    local_size = context.world.local_size if context.world.device.type == "cpu" else 1
-    least = min(int(row[0]) for row in context.gather_integers([usable // local_size]))
-    return not needed or not least or needed * share <= least, needed, least
+    world, left = context.world, _UNKNOWN
+    usable = usable_bytes(world.device)
+    if usable is not None and world.device.type == "cuda":
+        left = usable
+    elif usable is not None:
+        left = max(0, usable // world.local_size - taken_bytes())
+    known = [row[0] for row in context.gather_integers([left]) if row[0] != _UNKNOWN]
+    least = min(known, default=_UNKNOWN)
+    return not needed or least == _UNKNOWN or needed <= least, needed, least
+
+
+_UNKNOWN = -1
 
 
 def whole_or_skeleton(task: Task, context: Context) -> nn.Module:
@@ -184,7 +203,7 @@ def require_room(task: Task, context: Context) -> None:
     if not enough:
         raise UsageError(
             f"a whole copy with gradients and optimizer state takes {gigabytes(needed)} GB, but a "
-            f"worker may use {gigabytes(least)} GB: take a strategy that divides it (sharded, "
+            f"worker has {gigabytes(least)} GB left: take a strategy that divides it (sharded, "
             "split-weights, hybrid or pipeline)"
         )
 

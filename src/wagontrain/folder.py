@@ -84,7 +84,7 @@ class RunFolder:
         """Take the folder away again, if nothing was run in it."""
         if any((self.path / name).exists() for name in _TAKEN[:-1]):
             return
-        for name in ("checkpoints", "logs"):
+        for name in ("checkpoints", "logs", "stacks"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # it held something else before
             self.path.rmdir()

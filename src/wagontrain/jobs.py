@@ -345,6 +345,7 @@ def _train_here(
         if folder is not None:
             folder.write_traceback(0, "".join(traceback.format_exception(error)))
             if isinstance(error, UsageError):
+                context.watch.stacks = None  # the others refuse as well, and are not lost
                 folder.discard()
         raise
     finally:

@@ -35,7 +35,7 @@ from wagontrain.layout import Layout, Piece
 from wagontrain.task import origin
 
 # Writing a file takes three times its size in memory.
-_PART_BYTES = 64 * 2**20
+_PART_BYTES = 32 * 2**20
 
 
 class Pieces:

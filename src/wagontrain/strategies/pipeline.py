@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batches import Batch, MicroBatch, mix
-from wagontrain.building import initialise, skeleton, whole_or_skeleton
+from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.figures import GatheredFigures
 from wagontrain.layout import Layout
@@ -122,6 +122,7 @@ def samples_of(task: Task, rows: int) -> int:
 
 def _replicas(task: Task, context: Context) -> Synchronous:
     """Pipelines of one stage each: data parallel."""
+    require_room(task, context)
     device = context.world.device
     model = task.build_model().to(device)
     unused = bool(unused_in_trial(task, Objective(task, device), model))
