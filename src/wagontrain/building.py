@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,14 +140,7 @@ def initialise(
     state = model.state_dict(keep_vars=True)
     done: set[int] = set()
     for path, module in plain.named_modules():
-        own = {
-            key: value
-            for key, value in (
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            )
-            if id(value) not in done
-        }
+        own = {key: value for key, value in _own(module).items() if id(value) not in done}
         done.update(map(id, own.values()))
         held = [key for key in own if full_name(path, key) in layouts]
         fleeting = module._non_persistent_buffers_set
@@ -158,17 +152,14 @@ def initialise(
             )
         if not held:
             continue
-        reset = getattr(module, "reset_parameters", None)
-        if reset is None:
+        with seeded_numbers(mix(seed, "module", path)):
+            filled = _filled(module)
+        if filled is None:
             raise TaskError(
                 f"the model does not fit on one host, and module {path or 'the model itself'!r} "
                 f"({type(module).__name__}) has {next(iter(own))!r} but no reset_parameters() to "
                 "fill it without building the whole: give it one"
             )
-        whole = _alone(module)
-        with seeded_numbers(mix(seed, "module", path)):
-            whole.reset_parameters()  # type: ignore[operator]
-        filled = _own(whole)
         with torch.no_grad():
             for key in held:
                 name = full_name(path, key)
@@ -176,11 +167,26 @@ def initialise(
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are a module's own, and not those of one inside."""
+    """Parameters and buffers that are a module's own; attention fills its output layer's, too."""
+    inside = isinstance(module, nn.MultiheadAttention)
     return {
-        **dict(module.named_parameters(recurse=False)),
-        **dict(module.named_buffers(recurse=False)),
+        **dict(module.named_parameters(recurse=inside)),
+        **dict(module.named_buffers(recurse=inside)),
     }
+
+
+def _filled(module: nn.Module) -> dict[str, Tensor] | None:
+    """A module's own tensors with their first numbers; None where it cannot tell them."""
+    if isinstance(module, nn.MultiheadAttention):
+        whole: Any = copy.deepcopy(module).to_empty(device="cpu")
+        whole.out_proj.reset_parameters()
+        whole._reset_parameters()
+        return _own(whole)
+    if getattr(module, "reset_parameters", None) is None:
+        return None
+    whole = _alone(module)
+    whole.reset_parameters()
+    return _own(whole)
 
 
 def _alone(module: nn.Module) -> nn.Module:

@@ -86,32 +86,19 @@ class _OwnPart(DefaultSavePlanner):
 
 
 def write(pieces: Iterator[Piece], folder: Path, label: str) -> dict[str, str]:
-    """Write pieces as they come, some of them to a file."""
+    """Write pieces as they come, some of them to a file; returns each file's checksum."""
     files: dict[str, str] = {}
-    waiting: dict[str, Any] = {}
+    # A file holds one piece under a name: the second ones of some tensors go to another file.
+    waiting: list[dict[str, Pieces]] = []
     seen: set[int] = set()
     size = 0
 
     def flush() -> None:
         nonlocal size
-        if not waiting:
-            return
-        scratch = folder / f"{label}.scratch"
-        writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
-        try:
-            with warnings.catch_warnings():  # alone is meant: together they would talk by pickle
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.save(dict(waiting), storage_writer=writer, planner=_OwnPart(), no_dist=True)
-        except dcp.api.CheckpointException as error:  # is no Exception
-            (cause, _), *_ = error.failures.values()
-            what = f"the checkpoint could not be written into {str(folder.parent)!r}"
-            raise TrainingError(f"{what}: {origin(cause)}") from cause
-        (written,) = scratch.glob("*.safetensors")
-        file = folder / f"{label}-{len(files)}.safetensors"
-        written.rename(file)
-        shutil.rmtree(scratch)
-        flush_to_disk(file)
-        files[file.name] = checksum(file)
+        for content in waiting:
+            file = folder / f"{label}-{len(files)}.safetensors"
+            _write_file(content, file)
+            files[file.name] = checksum(file)
         waiting.clear()
         seen.clear()
         size = 0
@@ -119,17 +106,36 @@ def write(pieces: Iterator[Piece], folder: Path, label: str) -> dict[str, str]:
     for name, shape, offset, piece in pieces:
         if piece.numel() == 0:
             continue
-        # A file holds one piece under a name.
-        if name in waiting or (size and size + piece.nbytes > _PART_BYTES):
+        if size and size + piece.nbytes > _PART_BYTES:
             flush()
+        if all(name in each for each in waiting):
+            waiting.append({})
         content = piece.detach().cpu()
         memory = content.untyped_storage().data_ptr()
         # Tied weights share memory, which the format does not know: both are stored.
-        waiting[name] = Pieces(shape, [(offset, content.clone() if memory in seen else content)])
+        stored = content.clone() if memory in seen else content
+        next(each for each in waiting if name not in each)[name] = Pieces(shape, [(offset, stored)])
         seen.add(memory)
         size += piece.nbytes
     flush()
     return files
+
+
+def _write_file(content: Mapping[str, Pieces], file: Path) -> None:
+    scratch = file.with_suffix(".scratch")
+    writer = HuggingFaceStorageWriter(str(scratch), save_distributed=True)
+    try:
+        with warnings.catch_warnings():  # alone is meant: together they would talk by pickle
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.save(dict(content), storage_writer=writer, planner=_OwnPart(), no_dist=True)
+    except dcp.api.CheckpointException as error:  # is no Exception
+        (cause, _), *_ = error.failures.values()
+        what = f"the checkpoint could not be written into {str(file.parent.parent)!r}"
+        raise TrainingError(f"{what}: {origin(cause)}") from cause
+    (written,) = scratch.glob("*.safetensors")
+    written.rename(file)
+    shutil.rmtree(scratch)
+    flush_to_disk(file)
 
 
 def read(folder: Path, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ border      how activations come to a split layer and go from it
 observe     in which order layers are called, and what lies between them
 linear      columns and rows of fully connected layers
 embedding   rows of tables
+attention   heads
 logits      the loss over a softmax whose classes are divided
 divide      replacing a model's layers by split ones
 halo        which rows of an image each rank has and needs

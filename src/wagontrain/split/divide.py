@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from wagontrain.axes import Axes
 from wagontrain.errors import UsageError, nearest
 from wagontrain.layout import Layout, full_name
 from wagontrain.mesh import even_shares, ranges
+from wagontrain.split import attention
 from wagontrain.split.border import Border, Replicated
 from wagontrain.split.convolution import Channels
 from wagontrain.split.embedding import FetchedLookup, SharedLookup
@@ -22,14 +23,16 @@ from wagontrain.split.linear import Columns, Region, Rows
 from wagontrain.split.logits import SplitScores
 from wagontrain.split.observe import Observed
 
-Cut = Literal["column", "row", "whole"]
+Cut = Literal["column", "row", "heads", "whole"]
 Placement = Mapping[str, Cut]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def splittable(layer: nn.Module) -> tuple[Cut, ...]:
-    """The ways in which a layer can be split."""
+def splittable(layer: nn.Module, shards: bool = False) -> tuple[Cut, ...]:
+    """The ways in which a layer can be split; `shards` where every rank has its own samples."""
+    if attention.divisible(layer):
+        return () if shards else ("heads",)
     if type(layer) is nn.Linear:
         return ("column", "row")
     if type(layer) is nn.Embedding:
@@ -39,13 +42,15 @@ def splittable(layer: nn.Module) -> tuple[Cut, ...]:
     return ()
 
 
-def check_placement(model: nn.Module, placement: Placement, observed: Observed) -> None:
-    """Refuse a placement that cannot be.
+def check_placement(
+    model: nn.Module, placement: Placement, observed: Observed, shards: bool = False
+) -> None:
+    """Refuse a placement that cannot be; `shards` where every rank has its own samples.
 
     Raises:
         UsageError: it names no layer, or one that cannot be split so.
     """
-    layers = {name: layer for name, layer in model.named_modules() if splittable(layer)}
+    layers = {name: layer for name, layer in model.named_modules() if splittable(layer, shards)}
     for name, cut in placement.items():
         if name not in dict(model.named_modules()):
             raise UsageError(
@@ -54,8 +59,8 @@ def check_placement(model: nn.Module, placement: Placement, observed: Observed) 
         if cut == "whole":
             continue
         layer = model.get_submodule(name)
-        if cut not in splittable(layer):
-            ways = ", ".join(splittable(layer)) or "only left whole"
+        if cut not in (possible := splittable(layer, shards)):
+            ways = ", ".join(possible) or "only left whole"
             raise UsageError(
                 f"layer {name!r} ({type(layer).__name__}) cannot be split by {cut}: it can be "
                 f"{ways}"
@@ -68,9 +73,7 @@ def check_placement(model: nn.Module, placement: Placement, observed: Observed) 
 def not_split_because(name: str, model: nn.Module, observed: Observed) -> str:
     """Why a layer cannot be split in this model; empty where it can."""
     layer = model.get_submodule(name)
-    if any(
-        full_name(name, key) in observed.loose for key, _ in layer.named_parameters(recurse=False)
-    ):
+    if any(full_name(name, key) in observed.loose for key, _ in own_parameters(layer)):
         return "its weights are used by other code than its own forward"
     if name not in observed.layers:
         return "the model does not call it"
@@ -117,7 +120,7 @@ def divide(
         last: the layer whose result the loss takes, if it may stay divided.
     """
     axis, size = axes.model, axes.model.size
-    cuts = _consistent(model, placement)
+    cuts = _consistent(model, placement, size)
     state = {**dict(model.named_parameters(remove_duplicate=False)),
              **dict(model.named_buffers(remove_duplicate=False))}  # fmt: skip
     persistent = set(model.state_dict())
@@ -133,28 +136,29 @@ def divide(
     regions = _regions(cuts, observed, axis.index)
     for name, cut in cuts.items():
         layer = model.get_submodule(name)
-        for key, dim in _divided_dims(layer, cut).items():
-            parameter = layer._parameters[key]
-            if parameter is None:
-                continue
+        for key, (dim, mine) in _parts(layer, cut, size, axis.index).items():
             full = full_name(name, key)
-            mine = ranges(even_shares(parameter.shape[dim], size))[axis.index]
-            shape = tuple(parameter.shape)
+            home, _, last_name = full.rpartition(".")
+            parameters = model.get_submodule(home)._parameters
+            parameter = parameters[last_name]
+            assert parameter is not None
             if id(parameter) in remade:  # tied to one that was divided in the same way
-                layer._parameters[key] = remade[id(parameter)]
+                parameters[last_name] = remade[id(parameter)]
                 layouts[full] = next(
                     layout for other, layout in layouts.items()
                     if state.get(other) is parameter and layout.dim is not None
                 )  # fmt: skip
             else:
-                layouts[full] = Layout(shape, dim, (mine,), owner=axes.data.index == 0)
+                shape, owner = tuple(parameter.shape), axes.data.index == 0
+                layouts[full] = Layout(shape, dim, mine, owner=owner)
                 part = remade[id(parameter)] = part_of(parameter, layouts[full], device)
-                layer._parameters[key] = part
+                parameters[last_name] = part
             parts.add(full)
         forward = _forward(layer, name, cut, border, axis, regions, name == last, state)
         # An attribute of the instance goes before the method of its class.
         vars(layer)["forward"] = forward
         undo.callback(vars(layer).pop, "forward", None)
+    attention.without_fast_path(model, [model.get_submodule(name) for name in cuts], undo)
     return Divided(layouts, parts, undo)
 
 
@@ -167,28 +171,43 @@ def part_of(parameter: nn.Parameter, layout: Layout, device: torch.device) -> nn
     return nn.Parameter(content, requires_grad=parameter.requires_grad)
 
 
-def _divided_dims(layer: nn.Module, cut: Cut) -> dict[str, int]:
-    """The dim along which each parameter of a layer is divided."""
-    if cut == "row" and isinstance(layer, nn.Linear):
-        return {"weight": 1}
+def _parts(layer: Any, cut: Cut, size: int, index: int) -> dict[str, tuple[int, tuple[range, ...]]]:
+    """Of each tensor that a cut divides the dim, and the indices along it that a rank holds."""
+    if cut == "heads":
+        return attention.parts(layer, size, index)
+    dims = {"weight": 0, "bias": 0}
     if isinstance(layer, nn.Embedding):
-        return {"weight": 0}
-    return {"weight": 0, "bias": 0}
+        dims = {"weight": 0}
+    elif cut == "row":
+        dims = {"weight": 1}
+    return {
+        key: (dim, (ranges(even_shares(value.shape[dim], size))[index],))
+        for key, dim in dims.items()
+        if (value := layer._parameters[key]) is not None
+    }
 
 
-def _consistent(model: nn.Module, placement: Placement) -> dict[str, Cut]:
+def _consistent(model: nn.Module, placement: Placement, size: int) -> dict[str, Cut]:
     """The layers to split; tied weights are divided in one way, or left whole."""
     cuts: dict[str, Cut] = {name: cut for name, cut in placement.items() if cut != "whole"}
-    users: dict[int, dict[str, int | None]] = {}
+    users: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
-        layer, _, key = name.rpartition(".")
-        dims = _divided_dims(model.get_submodule(layer), cuts[layer]) if layer in cuts else {}
-        users.setdefault(id(value), {})[layer] = dims.get(key)
-    for layers in users.values():
-        if len(set(layers.values())) > 1:
-            for layer in layers:
-                cuts.pop(layer, None)
-    return cuts
+        users.setdefault(id(value), []).append(name)
+    while True:
+        divided: dict[str, tuple[str, Any]] = {}
+        for layer, cut in cuts.items():
+            ranks = [_parts(model.get_submodule(layer), cut, size, rank) for rank in range(size)]
+            for key in ranks[0]:
+                divided[full_name(layer, key)] = layer, tuple(rank[key] for rank in ranks)
+        clashing = set()
+        for names in users.values():
+            found = [divided[name] for name in names if name in divided]
+            if len({how for _, how in found}) > 1 or 0 < len(found) < len(names):
+                clashing |= {layer for layer, _ in found}
+        if not clashing:
+            return cuts
+        for layer in clashing:
+            del cuts[layer]
 
 
 def _regions(cuts: Mapping[str, Cut], observed: Observed, index: int) -> dict[str, Region]:
@@ -211,6 +230,8 @@ def _forward(
     last: bool,
     state: Mapping[str, Tensor],
 ) -> Any:
+    if isinstance(layer, nn.MultiheadAttention):
+        return attention.Heads(layer, border)
     shape = state[full_name(name, "weight")].shape
     if isinstance(layer, nn.Embedding):
         rows = ranges(even_shares(shape[0], axis.size))
@@ -236,17 +257,22 @@ class _Scores(Columns):
         return SplitScores.of(y.view(*x.shape[:-1], y.shape[1]), border, list(self.widths), -1)
 
 
+def own_parameters(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A layer's parameters; attention uses those of its output layer as its own."""
+    return layer.named_parameters(recurse=type(layer) is nn.MultiheadAttention)
+
+
 def parameters_of(layer: nn.Module) -> int:
     """Numbers in a layer's own parameters."""
-    return sum(math.prod(value.shape) for value in layer.parameters(recurse=False))
+    return sum(math.prod(value.shape) for _, value in own_parameters(layer))
 
 
-def ways(model: nn.Module, observed: Observed, least: int) -> Sequence[str]:
+def ways(model: nn.Module, observed: Observed, least: int, shards: bool = False) -> Sequence[str]:
     """Names of layers that can be split and hold at least so many numbers, in order of calls."""
     return [
         name
         for name in dict.fromkeys(observed.layers)
-        if splittable(model.get_submodule(name))
+        if splittable(model.get_submodule(name), shards)
         and parameters_of(model.get_submodule(name)) >= least
         and not not_split_because(name, model, observed)
     ]

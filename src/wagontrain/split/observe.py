@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from wagontrain.batches import MicroBatch
+from wagontrain.layout import full_name
 from wagontrain.objective import Objective
 
 
@@ -85,9 +86,10 @@ class Observed:
 
 
 class _Watcher(TorchFunctionMode):
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], homes: Mapping[str, str]) -> None:
         super().__init__()
         self.names = names
+        self.homes = homes  # of layers that are never called: those that use their weights
         self.calls: list[Call] = []
         self.stack: list[str] = []
         self.loose: set[str] = set()
@@ -111,7 +113,8 @@ class _Watcher(TorchFunctionMode):
             if name is None:
                 continue
             owner = name.rpartition(".")[0]
-            if self.stack and self.stack[-1] == owner:
+            if self.stack and self.stack[-1] in (owner, self.homes.get(owner)):
+                owner = self.stack[-1]
                 layer = owner
             else:
                 self.loose.add(name)
@@ -148,7 +151,12 @@ def observe(model: nn.Module, objective: Objective, micro: MicroBatch) -> Observ
     shared: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         shared.setdefault(id(value), []).append(name)
-    watcher = _Watcher(names)
+    homes = {
+        full_name(name, "out_proj"): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+    }
+    watcher = _Watcher(names, homes)
     handles = []
     order: list[str] = []
     for name, module in model.named_modules():

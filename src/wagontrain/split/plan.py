@@ -123,13 +123,13 @@ def settle(model: nn.Module, device: torch.device) -> None:
                 module._buffers[key] = torch.empty_like(buffer, device=device)
 
 
-def in_turn(prepared: Prepared, least: int = 0) -> dict[str, Cut]:
-    """Columns for every layer, but rows for the second one of a pair."""
+def in_turn(prepared: Prepared, least: int = 0, shards: bool = False) -> dict[str, Cut]:
+    """Columns for every layer, but rows for the second one of a pair, and heads for attention."""
     placement: dict[str, Cut] = {}
     observed = prepared.observed
     before = {after: name for name, after in observed.pairs.items()}
-    for name in ways(prepared.model, observed, least):
-        possible = splittable(prepared.model.get_submodule(name))
+    for name in ways(prepared.model, observed, least, shards):
+        possible = splittable(prepared.model.get_submodule(name), shards)
         fused = placement.get(before.get(name, "")) == "column" and "row" in possible
         placement[name] = "row" if fused else possible[0]
     return placement

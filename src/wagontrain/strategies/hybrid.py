@@ -106,10 +106,10 @@ class HybridRunner(Synchronous):
         if strategy.placement == "auto":
             placement = by_traffic(prepared, task.batch_size, world.size)
         elif strategy.placement == "all":
-            placement = in_turn(prepared)
+            placement = in_turn(prepared, shards=True)
         else:
             placement = strategy.placement
-            check_placement(model, placement, prepared.observed)
+            check_placement(model, placement, prepared.observed, shards=True)
         border = Shards(axes.model, strategy.chunks)
         placement = placement if world.size > 1 else {}
         divided = divide(model, placement, prepared.observed, border, axes, world.device)
@@ -156,7 +156,7 @@ def by_traffic(prepared: Prepared, batch_size: int, ranks: int) -> dict[str, Cut
     """Split where that sends less than summing gradients would; the two of a pair together."""
     model, observed = prepared.model, prepared.observed
     placement: dict[str, Cut] = {}
-    names = ways(model, observed, 0)
+    names = ways(model, observed, 0, shards=True)
     for name in names:
         if name in placement:
             continue
