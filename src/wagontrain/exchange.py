@@ -3,13 +3,14 @@
 DistributedDataParallel returns from the backward pass when the last bucket has arrived; only then
 can the update begin, and while it runs the network is idle. Here its hook starts the all-reduce
 of each bucket and does not wait for it. Whoever updates takes the buckets in the order in which
-they were sent: the update of what has arrived runs while the rest is on its way.
+they were sent: the update of what has arrived runs while the rest is on its way. What is started
+may be something else than an all-reduce.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,22 @@ class Exchange:
 
     Sums, not means: nothing is divided. `begin` before every backward pass that exchanges; after
     it, gradients are complete as `arrivals` gives out their parameters, and not before.
+
+    Args:
+        distributed: the model.
+        group: the ranks.
+        start: begins to sum a dense bucket, and returns what to wait for (`wait`, `is_completed`);
+            where not given, an all-reduce.
     """
 
-    def __init__(self, distributed: DistributedDataParallel, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        distributed: DistributedDataParallel,
+        group: dist.ProcessGroup,
+        start: Callable[[Any], Sequence[Any]] | None = None,
+    ) -> None:
         self._group = group
+        self._start = start or self._all_reduce
         self._sent: list[_Sent] = []
         self.waited = 0.0
         """Seconds spent waiting since `begin`."""
@@ -88,11 +101,14 @@ class Exchange:
             work: Any = dist.all_reduce(gradients, group=self._group, async_op=True)
             self._sent.append(_Sent(bucket.parameters(), []))
             return work.get_future().then(lambda done: done.value()[0])
-        works = [
-            dist.all_reduce(piece, group=self._group, async_op=True)
-            for piece in gradients.split(_PIECE // gradients.element_size())
-        ]
-        self._sent.append(_Sent(bucket.parameters(), works))
+        self._sent.append(_Sent(bucket.parameters(), [*self._start(bucket)]))
         ready: torch.futures.Future[Tensor] = torch.futures.Future()
         ready.set_result(gradients)
         return ready
+
+    def _all_reduce(self, bucket: Any) -> list[Any]:
+        gradients = bucket.buffer()
+        return [
+            dist.all_reduce(piece, group=self._group, async_op=True)
+            for piece in gradients.split(_PIECE // gradients.element_size())
+        ]

@@ -8,7 +8,7 @@ Each worker takes its share of every batch, as in data-parallel, but holds only 
                needed, forward and backward, and let go again
 
 Bytes sent per worker and step, P bytes of weights and N workers: stage 3 (N - 1) / N · 3 P,
-stage 2 (N - 1) / N · 2 P, stage 1 (N - 1) / N · 3 P: an all-reduce, and the updated weights.
+stages 2 and 1 (N - 1) / N · 2 P: gradients to where they are needed, and the updated weights.
 
 Source: Rajbhandari et al. 2020, "ZeRO", sections 5 and 7; Zhao et al. 2023, "PyTorch FSDP".
 """
@@ -16,7 +16,7 @@ Source: Rajbhandari et al. 2020, "ZeRO", sections 5 and 7; Zhao et al. 2023, "Py
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -151,7 +151,7 @@ class OptimizerShards(Synchronous):
             self._updater[value] = rank
             sizes[rank] += value.nbytes
         self.update = _Divided(task, model, self._updater, context)
-        self.replicate(self.data, Buckets(unused=unused))
+        self.replicate(self.data, Buckets(unused=unused, owners=self._updater))
 
     @property
     def training(self) -> Training:
@@ -171,6 +171,7 @@ class _Divided(Update):
     ) -> None:
         super().__init__(task, model)
         self.in_parts = False
+        self.norm = self._norm  # not given above: each rank updates whole tensors
         self._updater, self._context = updater, context
 
     def step(self) -> None:
@@ -184,6 +185,16 @@ class _Divided(Update):
         with torch.no_grad():
             for value in touched:
                 self._context.broadcast(value.detach(), self._updater[value])
+
+    def _norm(self, parameters: Iterable[Tensor]) -> Tensor:
+        """The norm of the whole gradient, of which each rank has its own parameters' part."""
+        rank = self._context.world.rank
+        squares = sum(
+            float(value.grad.double().square().sum())
+            for value in parameters
+            if value.grad is not None and self._updater[value] == rank
+        )
+        return torch.tensor(self._context.sum([squares])[0]).sqrt()
 
 
 def require_dims(model: nn.Module) -> None:
