@@ -8,6 +8,9 @@ rows for all samples, and takes back the results of its own. Every layer takes a
 rank's own samples at its border, so that any module works without being traced.
 
     a column split sends, a rank and step:  2 (N - 1) / N · B · (d_in + d_out / N) · s bytes
+    a row split:                            2 (N - 1) / N · B · (d_in / N + d_out) · s
+    columns and rows fused:                 2 (N - 1) / N · B · (d_in + d_out of the second) · s
+    a table by rows, each of width d:       2 (N - 1) / N · B / N · d · s
     replicating the layer instead:          2 (N - 1) / N · d_in · d_out · s
 
 with the global batch B: by traffic, splitting wins about where B < d_out.
@@ -187,8 +190,9 @@ def _cheapest(layer: nn.Module, rows: float, ranks: int) -> tuple[Cut, float]:
         found.append((rows * (layer.in_features + layer.out_features / ranks), "column"))
         found.append((rows * (layer.in_features / ranks + layer.out_features), "row"))
     elif isinstance(layer, nn.Embedding) and splittable(layer):
-        if layer.sparse:  # only what was touched is summed, gathered from everybody
-            found[0] = (rows * layer.embedding_dim * ranks / 2, "whole")
-        found.append((rows * layer.embedding_dim, "row"))
+        if layer.sparse:  # only what was touched is summed: every rank's goes to all, once
+            found[0] = (rows * layer.embedding_dim / 2, "whole")
+        # Each rank gets rows for its own samples, and gives their gradients back.
+        found.append((rows * layer.embedding_dim / ranks, "row"))
     sent, cut = min(found)
     return cut, sent
