@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from wagontrain.averaging.fragments import Sum, total_weight
 from wagontrain.batches import Cut
-from wagontrain.errors import ModelError, TaskError
+from wagontrain.errors import ModelError, ReplicaError, TaskError
 from wagontrain.layout import as_bytes
 from wagontrain.objective import Objective
 from wagontrain.task import Task
@@ -99,6 +99,23 @@ def begin_alike(context: Context, model: nn.Module) -> None:
                 content = value.detach().clone(memory_format=torch.contiguous_format)
                 context.broadcast(as_bytes(content), 0)
                 value.copy_(content)
+
+
+def require_same(context: Context, tensors: Mapping[str, Tensor]) -> None:
+    """Compare, bit by bit, tensors that all ranks hold alike, by name.
+
+    Raises:
+        ReplicaError: naming the first that differs and the rank.
+    """
+    rows = context.gather_integers(fingerprints(tensors.values()))
+    for place, name in enumerate(tensors):
+        for rank, row in enumerate(rows):
+            if row[place] != rows[0][place]:
+                raise ReplicaError(
+                    f"{name!r} of rank {rank} is no longer that of rank 0: the model changes it, "
+                    "other than by training, by something that differs between workers (its own "
+                    "samples, random numbers, the clock)"
+                )
 
 
 def counters(model: nn.Module) -> dict[str, Tensor]:

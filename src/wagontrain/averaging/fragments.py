@@ -161,6 +161,13 @@ class Averaging:
         """Whether the ranks hold the same weights."""
         return all(part.samples == 0 and part.flight is None for part in self._fragments)
 
+    def kept(self) -> dict[str, Tensor]:
+        """What an outer optimizer keeps, by the names it has in a checkpoint."""
+        both = (("anchor", self.anchors), ("momentum", self.momenta))
+        return {
+            f"outer.{name}.{key}": value for key, values in both for name, value in values.items()
+        }
+
     def took(self, weight: float, samples: int) -> None:
         """Count a step: what this rank's samples counted for, and samples of all ranks."""
         for part in self._fragments:

@@ -32,12 +32,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from wagontrain.averaging.beside import Beside, begin_alike, counters, require_samples
+from wagontrain.averaging.beside import (
+    Beside,
+    begin_alike,
+    counters,
+    require_same,
+    require_samples,
+)
 from wagontrain.averaging.fragments import Averaging, Outer
 from wagontrain.averaging.tally import Tally
 from wagontrain.batches import Batch, Cut, mix
 from wagontrain.building import require_room, skeleton
-from wagontrain.errors import ReplicaError, UsageError
+from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
@@ -45,7 +51,7 @@ from wagontrain.state import Held, Source, Training
 from wagontrain.strategy import Runner, Settled, StepReport, Strategy
 from wagontrain.synchronous import Marks, require_weight
 from wagontrain.task import Task, trainable
-from wagontrain.transport import Context, Stopwatch, fingerprints
+from wagontrain.transport import Context, Stopwatch
 from wagontrain.trial import unused_in_trial
 
 
@@ -366,26 +372,16 @@ class LocalRunner(Runner):
             for name, value in self.model.state_dict().items()
         }
         more = Held()
-        for name, value in self._outer_state().items():
+        for name, value in self.averaging.kept().items():
             more.add(name, value, Layout.whole(value, owner=first))
         update = self.update
         return Training(self.model, layouts, update.optimizer, update.scheduler, more=more)
-
-    def _outer_state(self) -> dict[str, Tensor]:
-        return {
-            f"outer.{name}.{key}": tensor
-            for key, tensors in (
-                ("anchor", self.averaging.anchors),
-                ("momentum", self.averaging.momenta),
-            )
-            for name, tensor in tensors.items()
-        }
 
     def restore(self, source: Source) -> None:
         """Take up a saved state; an outer optimizer begins anew where it holds none."""
         self.averaging.begin_anew(anchors=False, momenta=False)
         self.training.restore(source)
-        missing = not self._outer_state().keys() <= source.shapes().keys()
+        missing = not self.averaging.kept().keys() <= source.shapes().keys()
         self.averaging.begin_anew(anchors=missing, momenta=missing)
         self._forget()
 
@@ -395,7 +391,7 @@ class LocalRunner(Runner):
         Raises:
             ReplicaError: naming the first tensor that differs and the ranks.
         """
-        tensors: dict[str, Tensor] = {**self._outer_state()}
+        tensors = self.averaging.kept()
         counting = counters(self.model)
         for name, parameter in self.model.named_parameters():
             if self.averaging.level or name not in self.trained:
@@ -403,15 +399,7 @@ class LocalRunner(Runner):
         for name, buffer in self.model.named_buffers():
             if self.beside.buffers_even or not (buffer.is_floating_point() or name in counting):
                 tensors[name] = buffer
-        rows = self.context.gather_integers(fingerprints(tensors.values()))
-        for place, name in enumerate(tensors):
-            for rank, row in enumerate(rows):
-                if row[place] != rows[0][place]:
-                    raise ReplicaError(
-                        f"{name!r} of rank {rank} is no longer that of rank 0, though local-sgd "
-                        "does not train it: the model changes it by something that differs "
-                        "between workers (its own samples, random numbers, the clock)"
-                    )
+        require_same(self.context, tensors)
 
     def close(self) -> None:
         """Wait for what is on its way."""
