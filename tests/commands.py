@@ -72,6 +72,17 @@ def insists() -> wt.Task:
 def diverges() -> wt.Task:
     return make(loss=lambda output, target: (output * 1e30).square().sum().exp())
 
+class SpoiledOnRankOne(nn.Linear):
+    taken = 0
+
+    def forward(self, x):
+        import torch.distributed as dist
+        self.taken += self.training and dist.is_initialized() and dist.get_rank() == 1
+        return super().forward(x) * (float("nan") if self.taken == 6 else 1.0)
+
+def one_diverges() -> wt.Task:
+    return make(model=partial(SpoiledOnRankOne, 4, 2), epochs=4)
+
 if __name__ == "__main__":
     wt.fit(task, quiet=True, run_dir="from_script")
 """

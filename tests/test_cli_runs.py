@@ -66,6 +66,25 @@ def test_a_relaxed_strategy_may_differ(task_file: Path, tmp_path: Path) -> None:
     assert (verdict["exact"], verdict["passed"]) == (False, False)
 
 
+def test_a_strategy_that_does_not_know_every_loss_says_so(task_file: Path, tmp_path: Path) -> None:
+    done = wagontrain("verify", str(task_file), "--strategy", "local-sgd", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  loss        not known of every step$", done.stdout, re.MULTILINE)
+    assert "not the same, as expected: the strategy is relaxed" in done.stdout
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_all(task_file: Path, tmp_path: Path) -> None:
+    """With local-sgd, whose ranks do not meet in that step."""
+    done = wagontrain(
+        "run", f"{task_file}:one_diverges", "--workers", "2", "--strategy", "local-sgd",
+        "--run-dir", "R", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "wagontrain: rank 1: the loss is nan at step 5 (epoch 0) on rank 1" in done.stderr
+    assert "the weights are still those before this step" in done.stderr
+    assert not list((tmp_path / "R" / "checkpoints").glob("step-*"))
+
+
 def test_the_failing_ranks_own_traceback_is_shown_once(task_file: Path, tmp_path: Path) -> None:
     done = wagontrain("run", f"{task_file}:one_raises", "--workers", "2", folder=tmp_path)
     assert done.returncode == 1

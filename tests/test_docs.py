@@ -76,7 +76,8 @@ def commands() -> list[str]:
 
 
 ELSEWHERE = {
-    "wagontrain run examples/mnist.py --workers 2": "test_examples, with what it has to reach",
+    f"wagontrain run examples/mnist.py {how}": "test_examples, with what it has to reach"
+    for how in ("--workers 2", "--strategy local-sgd --workers 4")
 }
 
 

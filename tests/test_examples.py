@@ -34,6 +34,20 @@ def test_mnist_reads_at_least_96_percent_of_the_digits(tmp_path: Path) -> None:
     assert summary["world_size"] == 2
 
 
+@pytest.mark.parametrize("settings", [[], ["--set", "outer=nesterov", "--set", "steps_between=32"]])
+def test_mnist_reads_at_least_95_percent_with_local_sgd(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "mnist.py"), "--strategy", "local-sgd", "--workers", "4",
+        "--run-dir", "R", *settings, folder=tmp_path, limit=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.95
+    assert (summary["world_size"], summary["exact"]) == (4, False)
+
+
 def test_mnist_splits_its_digits_once(examples: Any) -> None:
     train, validation = examples("mnist").digits()
     assert (len(train), len(validation)) == (4000, 1000)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,7 +154,9 @@ def verify(
 def _verdict_lines(verdict: verification.Verdict) -> list[str]:
     what = f"{verdict.strategy} over {verdict.workers} workers, {verdict.steps} steps"
     lines = [f"{what}, {verdict.dtype}, against one process", "largest deviation of"]
-    lines.append(f"  loss        {verdict.max_loss_deviation:.1e}")
+    known = verdict.exact or math.isfinite(verdict.max_loss_deviation)
+    loss = f"{verdict.max_loss_deviation:.1e}" if known else "not known of every step"
+    lines.append(f"  loss        {loss}")
     lines.append(f"  parameters  {verdict.max_parameter_deviation:.1e}  {verdict.worst_parameter}")
     if verdict.max_buffer_deviation is not None:
         lines.append(f"  buffers     {verdict.max_buffer_deviation:.1e}")

@@ -34,6 +34,7 @@ class Progress(Sink):
         self._live: Live | None = None
         self._start: Event = {}
         self._step: Event = {}
+        self._known_loss: float | None = None
         self._split: dict[str, float] = {}
         self._speed = _Smooth()
         self._printed = 0.0
@@ -65,6 +66,7 @@ class Progress(Sink):
 
     def _on_step(self, event: Event) -> None:
         self._step = event
+        self._on_loss(event)
         self._speed.add("step", event["seconds"] + event["data_seconds"])
         self._speed.add("data", event["data_seconds"])
         last = event["step"] + 1
@@ -75,6 +77,10 @@ class Progress(Sink):
             whole_epoch = last % self._start["steps_per_epoch"] == 0 and since >= EPOCH_SECONDS
             if whole_epoch or last == self._start["steps"] or since >= PLAIN_SECONDS:
                 self._line(event)
+
+    def _on_loss(self, event: Event) -> None:
+        if event["loss"] is not None:
+            self._known_loss = event["loss"]
 
     def _on_times(self, event: Event) -> None:
         workers = len(event["compute"])
@@ -123,8 +129,8 @@ class Progress(Sink):
         return f"step {self._step['step'] + 1}/{self._start['steps']}"
 
     def _loss(self) -> str:
-        loss = self._step["loss"]
-        return "loss -" if loss is None else f"loss {loss:.4f}"
+        """The last that is known: some strategies do not ask all ranks in every step."""
+        return "loss -" if self._known_loss is None else f"loss {self._known_loss:.4f}"
 
     def _samples_per_second(self) -> float:
         return float(self._start["batch_size"] / max(self._speed["step"], 1e-9))

@@ -234,7 +234,8 @@ def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int)
     with Run(task, strategy, context) as run:
         losses = []
         for batch in stretch(run.training, first_step(task, steps), steps):
-            loss = run.step(batch).loss
+            report = run.step(batch)
+            loss = report.loss if report.covers is None else None  # not of several steps
             losses.append(math.nan if loss is None else loss)
         trace = Trace.of(losses, task.build_model(), run.runner.state_dict()["model"])
         run.close()
