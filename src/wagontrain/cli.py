@@ -91,6 +91,24 @@ def run(
         )
 
 
+@app.command(epilog="Example: wagontrain join 10.0.0.5:41234 --secret-file secret")
+def join(
+    coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE[:NAME]]", help="Task file; default the run's own path."),
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
+    ] = None,
+) -> None:
+    """Take part, as one more worker, in a run whose workers may come and go."""
+    from wagontrain import crew
+
+    with _stoppable():
+        crew.join(coordinator, file, secret_file)
+
+
 @app.command(epilog="Example: wagontrain export runs/mnist-20260101-120000 model.safetensors")
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint in it.")],

@@ -158,7 +158,16 @@ def headline(start: Event) -> list[str]:
         f"{start['strategy']} over {workers} worker{'s' * (workers > 1)}{where} ({each}){relaxed}",
         f"{start['samples']:,} samples in batches of {start['batch_size']:,}, "
         f"{start['steps']:,} steps",
+        *_invitation(start),
     ]
+
+
+def _invitation(start: Event) -> list[str]:
+    """How others take part, where workers may come and go."""
+    if "join" not in start:
+        return []
+    return ["more workers may join, on this host or where it can be reached:",
+            f"  wagontrain join {start['join']} --secret-file {start['secret']}"]  # fmt: skip
 
 
 def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
@@ -177,6 +186,14 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
         lines.append(
             f"  travelled   {size(max(sent))} sent by each worker, {size(per_step)} a step"
         )
+    staleness = summary.get("staleness")
+    if staleness and staleness["max"]:
+        lines.append(
+            f"  staleness   mean {staleness['mean']:.1f} updates, 99 % within {staleness['p99']}, "
+            f"most {staleness['max']}"
+        )
+    if summary.get("lost"):
+        lines.append(f"  lost        {summary['lost']} updates on a server that was started again")
     if summary.get("straggler"):
         lines += textwrap.wrap(
             summary["straggler"],

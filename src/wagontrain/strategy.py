@@ -196,6 +196,8 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    crewed: ClassVar[bool] = False
+    """Whether its workers are no fixed group of ranks but come and go: a `Crewed` strategy."""
 
     @property
     @abstractmethod
