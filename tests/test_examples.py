@@ -3,15 +3,13 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.commands import ROOT, clean_environment, wagontrain
+from tests.commands import ROOT, python, wagontrain
 
 EXAMPLES = ROOT / "examples"
 
@@ -59,10 +57,7 @@ def test_mnist_splits_its_digits_once(examples: Any) -> None:
 
 
 def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "linear_regression.py"], cwd=tmp_path, timeout=240, text=True,
-        capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = python(EXAMPLES / "linear_regression.py", folder=tmp_path, starts=9)
     assert done.returncode == 0, done.stderr
     by_hand, one_step, converged = (
         float(number) for number in re.findall(r"largest difference.*: (\S+)", done.stdout)
