@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-whole check format bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -19,8 +19,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train LeNet on real digits over 2 worker processes
 	$(BIN)/wagontrain run examples/mnist.py --workers 2 --strategy data-parallel
 
-test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(READY)  ## run the tests, save for whole trainings
+	$(BIN)/python -m pytest -m 'not whole'
+
+test-whole: $(READY)  ## train to the end by the commands a person types, on hosts of a test bed
+	$(BIN)/python -m pytest -n 0 -m whole
 
 check: $(READY)  ## lint, types, layers
 	$(BIN)/ruff check .
