@@ -73,6 +73,16 @@ Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 """Name, shape of the whole tensor, where the piece begins in it, and the piece."""
 
 
+SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of tensors by the names that they have in a safetensors file."""
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """A contiguous tensor as the bytes that it is: not every engine knows every type."""
     return tensor.reshape(-1).view(torch.uint8)

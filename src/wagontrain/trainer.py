@@ -287,11 +287,12 @@ class Run:
             raise UsageError(complaint)
         path = self.context.gather_text(found)[0]
         source = checkpoint.Restored(self.context, checkpoint.Checkpoint(Path(path)))
+        data = source.plain["data"]
         for name, value in self._data_identity().items():
-            saved = source.plain["data"][name]
-            if saved != value:
+            if data.get(name) != value:
+                saved = f"{name} {data[name]}" if name in data else f"no {name!r}"
                 raise UsageError(
-                    f"the checkpoint was written with {name} {saved}, here it is {value}: samples "
+                    f"the checkpoint was written with {saved}, here it is {value}: samples "
                     "would be seen twice or never; resume with the same"
                 )
         self.runner.training.restore(source)
