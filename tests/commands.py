@@ -1,14 +1,23 @@
-"""The command line run in processes of its own, on a small task."""
+"""The command line run in processes of its own, on a small task.
+
+Most tests take `wagontrain` and `python`, which are forks of a process that has imported torch;
+`really` and `Running` start new interpreters.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
+
+from tests.forks import Fork
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -72,6 +81,17 @@ def insists() -> wt.Task:
 def diverges() -> wt.Task:
     return make(loss=lambda output, target: (output * 1e30).square().sum().exp())
 
+class SpoiledOnRankOne(nn.Linear):
+    taken = 0
+
+    def forward(self, x):
+        import torch.distributed as dist
+        self.taken += self.training and dist.is_initialized() and dist.get_rank() == 1
+        return super().forward(x) * (float("nan") if self.taken == 6 else 1.0)
+
+def one_diverges() -> wt.Task:
+    return make(model=partial(SpoiledOnRankOne, 4, 2), epochs=4)
+
 if __name__ == "__main__":
     wt.fit(task, quiet=True, run_dir="from_script")
 """
@@ -82,52 +102,76 @@ def clean_environment() -> dict[str, str]:
     return environment | {"PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}"}
 
 
-def wagontrain(*arguments: str, folder: Path, limit: float = 120) -> Any:
+def wagontrain(*arguments: str, folder: Path, limit: float = 120) -> CompletedProcess[str]:
     """Run the command to its end, in `folder`."""
+    return python(SCRIPTS / "wagontrain", *arguments, folder=folder, limit=limit)
+
+
+def torchrun(*arguments: str | Path, folder: Path, limit: float = 120) -> CompletedProcess[str]:
+    """Run torchrun to its end, in `folder`."""
+    return python(SCRIPTS / "torchrun", *arguments, folder=folder, limit=limit)
+
+
+def python(
+    *arguments: str | Path, folder: Path, limit: float = 120, **how: Any
+) -> CompletedProcess[str]:
+    """Run a script with arguments to its end, in `folder`. `how` is passed on to `Fork`."""
+    fork = Fork(arguments, folder, clean_environment(), **how)
+    out, err = fork.communicate(limit)
+    assert fork.returncode is not None
+    return CompletedProcess(fork.words, fork.returncode, out, err)
+
+
+def really(program: str, *arguments: str | Path, folder: Path) -> CompletedProcess[str]:
+    """Run one of the installed scripts in a new interpreter, in `folder`."""
     return subprocess.run(
-        [SCRIPTS / "wagontrain", *arguments], cwd=folder, timeout=limit, text=True,
+        [SCRIPTS / program, *arguments], cwd=folder, timeout=120, text=True,
         capture_output=True, env=clean_environment(), check=False,
     )  # fmt: skip
 
 
 class Running:
-    """A run under way in processes of its own, ended at the latest with the test."""
+    """A run under way, ended at the latest with the test.
 
-    def __init__(self, task_file: Path, workers: int = 2) -> None:
+    Args:
+        task_file: with the task `slow`.
+        workers: how many.
+        new: whether in new interpreters instead of forks.
+    """
+
+    def __init__(self, task_file: Path, workers: int = 2, new: bool = False) -> None:
         self.folder = task_file.parent / "slow-run"
-        self.process = subprocess.Popen(
-            [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", str(workers),
-             "--run-dir", str(self.folder)],
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
-            start_new_session=True,
-        )  # fmt: skip
+        words = [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", str(workers),
+                 "--run-dir", str(self.folder)]  # fmt: skip
+        environment = clean_environment()
+        self.process = (
+            subprocess.Popen(words, text=True, stdout=-1, stderr=-1, env=environment)
+            if new
+            else Fork(words, task_file.parent, environment)
+        )
         limit = time.monotonic() + 60
         events = self.folder / "events.jsonl"
         while not (events.exists() and '"step": 3' in events.read_text()):
             assert time.monotonic() < limit, "the run did not begin"
-            assert self.process.poll() is None, self.process.communicate()
+            assert self.process.poll() is None, self.process.communicate(timeout=10)
             time.sleep(0.1)
         self.workers = self.children()
         assert len(self.workers) == workers
 
     def children(self) -> dict[int, int]:
-        """Process of each rank."""
+        """Process of each rank: the launcher's children, told by where their output goes."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                variables = (folder / "environ").read_bytes().split(b"\0")
-                command = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            parent = f"{self.process.pid}".encode()
-            if b"wagontrain.worker" in command and self._parent(folder) == parent:
-                rank = next(item for item in variables if item.startswith(b"RANK="))
-                found[int(rank[5:])] = int(folder.name)
+            with contextlib.suppress(OSError):  # some end meanwhile
+                output = (folder / "fd" / "1").readlink()
+                rank = re.fullmatch(r"rank(\d+)\.log", output.name)
+                if rank and self._parent(folder) == self.process.pid:
+                    found[int(rank[1])] = int(folder.name)
         return found
 
     @staticmethod
-    def _parent(folder: Path) -> bytes:
-        return (folder / "stat").read_bytes().rpartition(b")")[2].split()[1]
+    def _parent(folder: Path) -> int:
+        return int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
 
     def end(self, within: float) -> tuple[str, str]:
         """What it printed by its end, which has to come in time and leave nothing running."""
@@ -143,5 +187,5 @@ class Running:
 
     def __exit__(self, *details: object) -> None:
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.communicate()
+            self.process.send_signal(signal.SIGKILL)  # and its workers end with it
+            self.process.communicate(timeout=10)

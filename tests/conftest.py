@@ -21,9 +21,9 @@ def gang() -> Iterator[Gang]:
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    """Three hosts of a test bed, in which torch is imported already."""
-    made = Nursery(3, rate="1gbit")
+def nursery(request: pytest.FixtureRequest) -> Iterator[Nursery]:
+    """Hosts of a test bed, in which torch is imported already: so many as HOSTS in the module."""
+    made = Nursery(request.module.HOSTS, rate="1gbit")
     yield made
     made.down()
 

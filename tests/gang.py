@@ -1,11 +1,10 @@
 """A few processes that tests share: started once, they run one function after another.
 
-Starting a process and importing torch takes seconds; forming a process group, milliseconds.
+Forming a process group takes milliseconds, and so does a start from `forks`.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import traceback
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import forks
 from wagontrain import launch
 from wagontrain.launch import Place
 from wagontrain.transport import Context
@@ -78,7 +78,7 @@ class Gang:
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("spawn")
+        context = forks.context()
         for _ in range(SIZE):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, self._store.port), daemon=True)

@@ -6,21 +6,20 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.commands import SCRIPTS, TASK, Running, clean_environment, wagontrain
+from tests.commands import TASK, Running, python, really, torchrun, wagontrain
 
 
 def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path: Path) -> None:
     summaries = []
-    for workers in ("1", "2"):
+    for workers, program in (("1", wagontrain), ("2", partial(really, "wagontrain"))):
         folder = tmp_path / f"run{workers}"
-        done = wagontrain(
+        done = program(
             "run", str(task_file), "--workers", workers, "--seed", "3", "--run-dir", str(folder),
             folder=tmp_path,
         )  # fmt: skip
@@ -29,10 +28,7 @@ def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path:
         assert str(folder) in done.stdout.replace("\n", "")
         summaries.append(json.loads((folder / "summary.json").read_text()))
     assert [summary["world_size"] for summary in summaries] == [1, 2]
-    script = subprocess.run(
-        [SCRIPTS / "torchrun", "--nproc-per-node", "2", task_file], cwd=tmp_path, timeout=120,
-        text=True, capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    script = really("torchrun", "--nproc-per-node", "2", task_file, folder=tmp_path)
     assert script.returncode == 0, script.stderr
     summaries.append(json.loads((tmp_path / "from_script" / "summary.json").read_text()))
     assert {summary["steps"] for summary in summaries} == {8}
@@ -66,6 +62,25 @@ def test_a_relaxed_strategy_may_differ(task_file: Path, tmp_path: Path) -> None:
     assert (verdict["exact"], verdict["passed"]) == (False, False)
 
 
+def test_a_strategy_that_does_not_know_every_loss_says_so(task_file: Path, tmp_path: Path) -> None:
+    done = wagontrain("verify", str(task_file), "--strategy", "local-sgd", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  loss        not known of every step$", done.stdout, re.MULTILINE)
+    assert "not the same, as expected: the strategy is relaxed" in done.stdout
+
+
+def test_a_loss_that_is_no_number_on_one_rank_ends_all(task_file: Path, tmp_path: Path) -> None:
+    """With local-sgd, whose ranks do not meet in that step."""
+    done = wagontrain(
+        "run", f"{task_file}:one_diverges", "--workers", "2", "--strategy", "local-sgd",
+        "--run-dir", "R", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "wagontrain: rank 1: the loss is nan at step 5 (epoch 0) on rank 1" in done.stderr
+    assert "the weights are still those before this step" in done.stderr
+    assert not list((tmp_path / "R" / "checkpoints").glob("step-*"))
+
+
 def test_the_failing_ranks_own_traceback_is_shown_once(task_file: Path, tmp_path: Path) -> None:
     done = wagontrain("run", f"{task_file}:one_raises", "--workers", "2", folder=tmp_path)
     assert done.returncode == 1
@@ -92,7 +107,7 @@ def test_killing_a_worker_ends_all_and_names_it(task_file: Path) -> None:
 
 
 def test_ctrl_c_ends_all(task_file: Path) -> None:
-    with Running(task_file) as running:
+    with Running(task_file, new=True) as running:
         running.process.send_signal(signal.SIGINT)
         _, err = running.end(within=10)
         assert running.process.returncode == 130
@@ -159,10 +174,7 @@ print("trained", result.summary["steps"])
 
 def test_fit_from_a_notebook(tmp_path: Path) -> None:
     """Classes, lambdas and variables of an interactive session, which is no file."""
-    done = subprocess.run(
-        [sys.executable, "-"], input=NOTEBOOK, cwd=tmp_path, timeout=120, text=True,
-        capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = python("-", text=NOTEBOOK, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "trained 4\n"
 
@@ -170,10 +182,7 @@ def test_fit_from_a_notebook(tmp_path: Path) -> None:
 def test_torchrun_lets_one_rank_speak(task_file: Path, tmp_path: Path) -> None:
     script = tmp_path / "bad.py"
     script.write_text("import wagontrain as wt, job\nwt.fit(job.diverges, run_dir='bad')\n")
-    done = subprocess.run(
-        [SCRIPTS / "torchrun", "--nproc-per-node", "2", script], cwd=tmp_path, timeout=120,
-        text=True, capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = torchrun("--nproc-per-node", "2", script, folder=tmp_path)
     assert done.returncode == 1
     assert len(re.findall(r"wagontrain: rank \d: the loss is", done.stderr)) == 1
 
@@ -219,7 +228,9 @@ def test_a_worker_that_leaves_is_named(
     assert "Traceback" not in done.stderr
 
 
-def test_fit_takes_along_what_the_script_can_import(tmp_path: Path) -> None:
+def test_fit_takes_along_what_the_script_can_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script in another folder whose neighbour module the task needs."""
     folder = tmp_path / "elsewhere"
     folder.mkdir()
@@ -229,22 +240,23 @@ def test_fit_takes_along_what_the_script_can_import(tmp_path: Path) -> None:
         "import wagontrain as wt\nimport neighbour\n"
         "if __name__ == '__main__':\n    wt.fit(neighbour.task, workers=2, quiet=True)\n"
     )
-    before = set(Path("/tmp").glob("wagontrain-*"))
-    done = subprocess.run(
-        [sys.executable, script], cwd=tmp_path, timeout=120, text=True, capture_output=True,
-        env=clean_environment(), check=False,
-    )  # fmt: skip
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    done = python(script, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs").iterdir())) == 1
-    assert set(Path("/tmp").glob("wagontrain-*")) <= before
+    assert not list(temporary.glob("wagontrain-*"))
 
 
-def test_killing_the_launcher_leaves_nothing(task_file: Path) -> None:
-    before = set(Path("/tmp").glob("wagontrain-*"))
+def test_killing_the_launcher_leaves_nothing(
+    task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with Running(task_file) as running:
-        own = set(Path("/tmp").glob("wagontrain-*")) - before
+        own = list(tmp_path.glob("wagontrain-*"))
         assert own
-        running.process.kill()
+        running.process.send_signal(signal.SIGKILL)
         running.end(within=10)
         limit = time.monotonic() + 5
         while any(folder.exists() for folder in own) and time.monotonic() < limit:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.commands import ROOT, SCRIPTS, clean_environment
+from tests.commands import ROOT, SCRIPTS, python
 from wagontrain.testbed.bed import why_not
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,14 +30,11 @@ WITH_PYTHON = [page for page in PAGES if snippets(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.stem)
-def test_python_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_snippets(page: Path, tmp_path: Path) -> None:
     program = "\n".join(snippets(page, "python"))
     file = tmp_path / f"{page.stem}.py"
     file.write_text(program)
-    done = subprocess.run(
-        [SCRIPTS / "python", file], cwd=tmp_path, timeout=120, text=True, capture_output=True,
-        env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = python(file, folder=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -76,7 +73,8 @@ def commands() -> list[str]:
 
 
 ELSEWHERE = {
-    "wagontrain run examples/mnist.py --workers 2": "test_examples, with what it has to reach",
+    f"wagontrain run examples/mnist.py {how}": "test_examples, with what it has to reach"
+    for how in ("--workers 2", "--strategy local-sgd --workers 4")
 }
 
 
@@ -86,10 +84,7 @@ def test_commands(command: str, tmp_path: Path) -> None:
     if arguments[0] == "testbed" and (problem := why_not()):
         pytest.skip(problem)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    done = subprocess.run(
-        [SCRIPTS / program, *arguments], cwd=tmp_path, timeout=180, text=True,
-        capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = python(SCRIPTS / program, *arguments, folder=tmp_path, limit=180)
     assert done.returncode == 0, done.stderr
 
 

@@ -51,13 +51,20 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     for step in range(3):
         event = {"kind": "step", "time": 10.0 + step, "step": step, "samples": 10}
         board.take(event | {"loss": 1.0 - step / 10, "seconds": 0.5, "data_seconds": 0.0})
+    few = {"kind": "step", "samples": 10, "seconds": 0.25, "data_seconds": 0.0}
+    board.take(few | {"time": 20.0, "step": 3, "loss": None})
+    for number in (4, 5):  # a mean over several steps is always drawn, close as they may come
+        board.take(few | {"time": 20.1, "step": number, "loss": 0.5, "covers": 20})
+    board.take({"kind": "loss", "time": 20.2, "step": 6, "epoch": 0, "loss": 0.25, "covers": 10})
     board.take({"kind": "validation", "step": 3, "values": {"accuracy": 0.9}})
     board.close()
     read = EventAccumulator(str(tmp_path))
     read.Reload()
-    assert [point.step for point in read.Scalars("train/loss")] == [0, 1, 2]
+    assert [point.step for point in read.Scalars("train/loss")] == [0, 1, 2, 4, 5, 6]
     assert read.Scalars("train/loss")[2].value == pytest.approx(0.8)
-    assert read.Scalars("train/samples_per_second")[0].value == pytest.approx(20)
+    assert read.Scalars("train/loss")[5].value == pytest.approx(0.25)
+    speeds = [(point.step, point.value) for point in read.Scalars("train/samples_per_second")]
+    assert speeds == [(0, 20), (1, 20), (2, 20), (3, 40)]
     assert read.Scalars("validation/accuracy")[0].value == pytest.approx(0.9)
 
 

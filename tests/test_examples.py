@@ -3,15 +3,13 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.commands import ROOT, clean_environment, wagontrain
+from tests.commands import ROOT, python, wagontrain
 
 EXAMPLES = ROOT / "examples"
 
@@ -34,6 +32,20 @@ def test_mnist_reads_at_least_96_percent_of_the_digits(tmp_path: Path) -> None:
     assert summary["world_size"] == 2
 
 
+@pytest.mark.parametrize("settings", [[], ["--set", "outer=nesterov", "--set", "steps_between=32"]])
+def test_mnist_reads_at_least_95_percent_with_local_sgd(
+    tmp_path: Path, settings: list[str]
+) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "mnist.py"), "--strategy", "local-sgd", "--workers", "4",
+        "--run-dir", "R", *settings, folder=tmp_path, limit=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.95
+    assert (summary["world_size"], summary["exact"]) == (4, False)
+
+
 def test_mnist_splits_its_digits_once(examples: Any) -> None:
     train, validation = examples("mnist").digits()
     assert (len(train), len(validation)) == (4000, 1000)
@@ -45,10 +57,7 @@ def test_mnist_splits_its_digits_once(examples: Any) -> None:
 
 
 def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "linear_regression.py"], cwd=tmp_path, timeout=240, text=True,
-        capture_output=True, env=clean_environment(), check=False,
-    )  # fmt: skip
+    done = python(EXAMPLES / "linear_regression.py", folder=tmp_path, starts=9)
     assert done.returncode == 0, done.stderr
     by_hand, one_step, converged = (
         float(number) for number in re.findall(r"largest difference.*: (\S+)", done.stdout)

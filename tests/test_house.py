@@ -30,7 +30,7 @@ def test_no_pickle_but_the_one_for_own_processes() -> None:
     using = {
         file.name for file in FILES if re.search(r"pickle\.(loads?|dumps?)\(", file.read_text())
     }
-    assert using == {"jobs.py"}
+    assert using == {"job.py"}
     for file in FILES:
         assert not re.search(
             r"torch\.(save|load)\(|(gather|cast|scatter|send|recv)_object(_list)?\(",

@@ -12,6 +12,8 @@ from tests.hosts import ASKED, PATIENCE, Child, Nursery, wait_for
 
 pytestmark = pytest.mark.testbed
 
+HOSTS = 3
+
 PHASES = {
     "step": "in step 2",
     "exchange": "in the exchange of step 2",
@@ -24,13 +26,13 @@ def harm(hosts: Nursery, victim: int, child: Child, how: str) -> None:
     if how == "cut":
         hosts.bed.cut(victim)
     else:
-        child.signal(signal.SIGKILL if how == "kill" else signal.SIGSTOP)
+        child.send_signal(signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
 def own_end(child: Child, how: str) -> None:
     """The victim itself ends too: at once, or as soon as it can."""
     if how == "stop":
-        child.signal(signal.SIGCONT)
+        child.send_signal(signal.SIGCONT)
     status, said = child.end(within=25)
     assert status == (-signal.SIGKILL if how == "kill" else 1), said
     if how == "cut":

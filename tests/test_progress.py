@@ -56,6 +56,15 @@ def test_plain_lines_without_a_terminal() -> None:
     ]
 
 
+def test_the_last_known_loss_is_shown_where_not_every_step_has_one() -> None:
+    unknown = {"loss": None}
+    late = {"kind": "loss", "time": 3.0, "step": 3, "epoch": 1, "loss": 0.125, "covers": 128}
+    text = shown(START, step(0) | unknown, step(1), step(2) | unknown, late, step(3) | unknown)
+    assert "step 2/4  loss 0.5000" in text
+    assert "step 4/4  loss 0.1250" in text
+    assert "loss -" in shown(START, step(0) | unknown, step(1) | unknown)
+
+
 def test_a_slow_run_says_something_every_few_seconds() -> None:
     assert "step 1/4" in shown(START, step(0, when=11.0))
     assert "step 1/4" not in shown(START, step(0, when=9.0))

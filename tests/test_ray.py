@@ -12,12 +12,16 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 
 from tests.commands import ROOT, SCRIPTS, TASK, clean_environment
+from tests.forks import Fork
+from tests.hosts import way_into
 from wagontrain.testbed import links
 from wagontrain.testbed.bed import Bed, Shape, why_not
 
@@ -72,22 +76,38 @@ class Cluster:
         self.nodes.append(node)
         until(lambda: "Ray runtime started" in log.read_text(), f"node {host} is up")
 
-    def launch(self, *command: str, **variables: str) -> subprocess.Popen[str]:
-        """Start a command in tb0, in the folder that nobody else sees."""
-        seen = self.folder / "seen"
-        seen.mkdir(exist_ok=True)
-        enter = f'mount --bind {self.files} {seen} && cd {seen} && exec "$@"'
+    def launch(self, *command: str, **variables: str) -> Fork:
+        """Start a script in tb0, in the folder that nobody else sees, as a fork."""
+        return Fork(
+            command, self._seen, clean_environment() | self.environment | variables,
+            before=partial(_see, way_into(self.bed, 0), self.files, self._seen), starts=1,
+        )  # fmt: skip
+
+    def launch_new(self, *command: str) -> subprocess.Popen[str]:
+        """Likewise, in a new interpreter."""
+        enter = f'mount --bind {self.files} {self._seen} && cd {self._seen} && exec "$@"'
         process: subprocess.Popen[str] = self.bed.start(
-            0, ["sh", "-c", enter, "sh", *command], self.environment | variables, text=True,
+            0, ["sh", "-c", enter, "sh", *command], self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
         )  # fmt: skip
         return process
 
-    def train(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-        command = (str(SCRIPTS / "wagontrain"), "run", *arguments, "--engine", "ray")
-        return self.launch(*command, "--address", HEAD, "--run-dir", "run", **variables)
+    @property
+    def _seen(self) -> Path:
+        seen = self.folder / "seen"
+        seen.mkdir(exist_ok=True)
+        return seen
 
-    def training(self, task: str) -> subprocess.Popen[str]:
+    def train(self, *arguments: str, **variables: str) -> Fork:
+        return self.launch(*self.command(*arguments), **variables)
+
+    @staticmethod
+    def command(*arguments: str) -> list[str]:
+        program = str(SCRIPTS / "wagontrain")
+        return [program, "run", *arguments, "--engine", "ray", "--address", HEAD, "--run-dir",
+                "run"]  # fmt: skip
+
+    def training(self, task: str) -> Fork:
         """A run on two nodes, of which some steps are done."""
         process = self.train(task, "--workers", "2")
         events = self.files / "run" / "events.jsonl"
@@ -98,7 +118,7 @@ class Cluster:
             ),
             "training is under way",
         )
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(10)
         return process
 
     def processes(self, kind: str) -> dict[int, int]:
@@ -106,11 +126,12 @@ class Cluster:
         found = {}
         for host, namespace in enumerate(self.bed.namespaces):
             for process in links.processes(namespace):
-                try:
-                    command = Path(f"/proc/{process}/cmdline").read_bytes()
+                folder = Path(f"/proc/{process}")
+                try:  # a fork has its name, of 15 letters, in another place
+                    named = (folder / "cmdline").read_text() + (folder / "comm").read_text()
                 except OSError:  # it has ended
                     continue
-                if kind.encode() in command:
+                if kind[:15] in named:
                     found[host] = process
         return found
 
@@ -158,14 +179,20 @@ def cluster(running: Cluster) -> Iterator[Cluster]:
         assert not list((running.folder / "tmp").glob("wagontrain-*"))
 
 
-def end(process: subprocess.Popen[str], within: float) -> tuple[int, str, str]:
+def _see(enter: Any, files: Path, seen: Path) -> None:
+    enter()
+    subprocess.run(["mount", "--bind", files, seen], check=True, timeout=10)
+
+
+def end(process: subprocess.Popen[str] | Fork, within: float) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=within)
     return process.returncode, out, err
 
 
 def test_mnist_trains_and_the_whole_run_comes_back(cluster: Cluster) -> None:
     (cluster.files / "mnist.py").write_text((ROOT / "examples" / "mnist.py").read_text())
-    status, out, err = end(cluster.train("mnist.py", "--workers", "3"), 120)
+    process = cluster.launch_new(*cluster.command("mnist.py", "--workers", "3"))
+    status, out, err = end(process, 120)
     assert (status, err) == (0, "")
     assert "data-parallel over 3 workers on 3 hosts (cpu, 1 thread each)" in out
     assert "epoch 15/15  step 480/480" in out
@@ -186,7 +213,7 @@ def test_mnist_trains_and_the_whole_run_comes_back(cluster: Cluster) -> None:
 
 def test_fit_sends_a_script_and_its_neighbours(cluster: Cluster) -> None:
     (cluster.files / "script.py").write_text(SCRIPT)
-    process = cluster.launch(str(SCRIPTS / "python"), "script.py", RAY_ADDRESS=HEAD)
+    process = cluster.launch("script.py", RAY_ADDRESS=HEAD)
     assert end(process, 60) == (0, "4 ['bias', 'weight']\n", "")
 
 

@@ -85,7 +85,7 @@ def test_all_come(ranks: Ranks) -> None:
 
 def test_who_does_not_come_is_named(ranks: Ranks) -> None:
     first, _ = ranks.start(2, size=4)
-    time.sleep(0.5)
+    ranks.store.wait(["pulse/0", "pulse/1"], timedelta(seconds=10))
     with pytest.raises(WorkerError, match="rank 2, 3 of 4 did not come within 1 s"):
         first.wait_for_all(1)
 
@@ -101,7 +101,7 @@ def test_a_silent_rank_is_named_to_all_and_their_waits_are_ended(
         watch.interrupt = event.set
         watch.stacks = tmp_path
     watches[1].at("in validation")
-    time.sleep(0.5)
+    until(lambda: watches[0]._roll.pulse(1).doing == "in validation")  # type: ignore[union-attr]
     began = time.monotonic()
     watches[1]._stop_threads()
     for number in (0, 2):
@@ -180,7 +180,9 @@ def test_who_leaves_in_good_order_is_not_lost(ranks: Ranks) -> None:
     second.close()
     first.close()
     ranks.store = None
-    time.sleep(3)
+    _, guard = third._threads  # which stops looking once it knows that the store may go
+    guard.join(10)
+    assert not guard.is_alive()
     assert not third._concluded.is_set()
     assert not ranks.last_words
 

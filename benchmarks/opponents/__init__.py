@@ -1,1 +1,1 @@
-"""Training scripts as a user of plain PyTorch would write them, one per way of distributing."""
+"""What a user of plain PyTorch (or Ray) would write: training scripts, and parameter servers."""

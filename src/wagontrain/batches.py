@@ -17,7 +17,7 @@ import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -120,7 +120,7 @@ class Batch:
         return len(self.positions)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batches:
     """The batches of one rank, exactly resumable from any (epoch, step).
 
@@ -141,6 +141,7 @@ class Batches:
     device: torch.device = torch.device("cpu")
     collate: Callable[[list[Any]], Any] | None = None
     loader_workers: int = 0
+    _ordered: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), init=False, repr=False)
 
     @classmethod
     def of_training(cls, task: Task, device: torch.device, cut: Cut = Cut()) -> Batches:
@@ -170,26 +171,43 @@ class Batches:
         """This rank's batches of one epoch, from step `first_step` of the epoch on."""
         if not 0 <= first_step <= self.order.steps:
             raise ValueError(f"step {first_step} is not in an epoch of {self.order.steps} steps")
-        steps = [
-            (step, self.cut.micro_batches(self.order.positions(step), self.pieces))
-            for step in range(first_step, self.order.steps)
-        ]
         order = self.order.epoch(epoch)
-        taken = [mine or piece[:1] for _, pieces in steps for piece, mine in pieces]
+        steps = [(step, self.order.positions(step)) for step in range(first_step, self.order.steps)]
+        return self._batches(epoch, order, steps, self.cut)
+
+    def part(self, epoch: int, step: int, positions: range, cut: Cut) -> Batch:
+        """A share of some of an epoch's samples, whichever: for work that is handed out piece by
+        piece.
+
+        Args:
+            epoch: whose order the positions are of.
+            step: of the epoch; only a number.
+            positions: of the samples that `cut` divides.
+            cut: which share of them.
+        """
+        if epoch != self._ordered[0]:
+            self._ordered = (epoch, self.order.epoch(epoch))
+        return next(self._batches(epoch, self._ordered[1], [(step, positions)], cut))
+
+    def _batches(
+        self, epoch: int, order: Tensor, steps: Sequence[tuple[int, range]], cut: Cut
+    ) -> Iterator[Batch]:
+        pieces = [cut.micro_batches(positions, self.pieces) for _, positions in steps]
+        taken = [mine or piece[:1] for each in pieces for piece, mine in each]
         parts = [order[part.start : part.stop] for part in taken]
         indices = iter(parts)
         loaded = self._load(epoch, parts)
-        for step, pieces in steps:
+        for (step, positions), each in zip(steps, pieces, strict=True):
             began = time.perf_counter()
             micro_batches = tuple(
                 self._micro_batch(self._read(loaded, next(indices)), len(mine), len(piece))
-                for piece, mine in pieces
+                for piece, mine in each
             )
             yield Batch(
                 epoch=epoch,
                 step=epoch * self.order.steps + step,
-                positions=self.order.positions(step),
-                mine=tuple(mine for _, mine in pieces),
+                positions=positions,
+                mine=tuple(mine for _, mine in each),
                 micro_batches=micro_batches,
                 seconds=time.perf_counter() - began,
             )

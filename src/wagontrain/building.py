@@ -9,6 +9,8 @@ and any number of workers begin with the same weights. No rank holds more than o
 from __future__ import annotations
 
 import copy
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,14 @@ def usable_bytes(device: torch.device) -> int | None:
         total = next(line for line in meminfo.read_text().splitlines() if "MemTotal" in line)
         limits.append(int(total.split()[1]) * 1024)
     return min(limits, default=None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the GPU where there is one, else resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _group_limits() -> list[int]:

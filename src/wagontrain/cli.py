@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +91,24 @@ def run(
         )
 
 
+@app.command(epilog="Example: wagontrain join 10.0.0.5:41234 --secret-file secret")
+def join(
+    coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE[:NAME]]", help="Task file; default the run's own path."),
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
+    ] = None,
+) -> None:
+    """Take part, as one more worker, in a run whose workers may come and go."""
+    from wagontrain import crew
+
+    with _stoppable():
+        crew.join(coordinator, file, secret_file)
+
+
 @app.command(epilog="Example: wagontrain export runs/mnist-20260101-120000 model.safetensors")
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint in it.")],
@@ -153,7 +172,9 @@ def verify(
 def _verdict_lines(verdict: verification.Verdict) -> list[str]:
     what = f"{verdict.strategy} over {verdict.workers} workers, {verdict.steps} steps"
     lines = [f"{what}, {verdict.dtype}, against one process", "largest deviation of"]
-    lines.append(f"  loss        {verdict.max_loss_deviation:.1e}")
+    known = verdict.exact or math.isfinite(verdict.max_loss_deviation)
+    loss = f"{verdict.max_loss_deviation:.1e}" if known else "not known of every step"
+    lines.append(f"  loss        {loss}")
     lines.append(f"  parameters  {verdict.max_parameter_deviation:.1e}  {verdict.worst_parameter}")
     if verdict.max_buffer_deviation is not None:
         lines.append(f"  buffers     {verdict.max_buffer_deviation:.1e}")

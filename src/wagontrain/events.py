@@ -7,8 +7,11 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 |------------|--------------------------------------------------------------------------------|
 | start      | task, strategy, settings, exact, world_size, hosts, devices, threads, epochs,  |
 |            | steps, batch_size, samples                                                      |
-| step       | step, epoch, samples, loss, seconds, data_seconds, sent                         |
-| times      | step, compute, waiting, data: one number per rank; exchange: one for all        |
+| step       | step, epoch, samples, loss, seconds, data_seconds, sent; covers, where the loss |
+|            | is the mean over so many samples, those of several steps                        |
+| loss       | step, epoch, loss, covers: a mean that became known after its steps             |
+| times      | step, compute, waiting, data: one number per rank; exchange: one for all;       |
+|            | means of a step                                                                 |
 | validation | epoch, step, values                                                             |
 | end        | summary                                                                         |
 | failed     | message                                                                         |
@@ -101,7 +104,9 @@ class TensorBoard(Sink):
 
     def take(self, event: Event) -> None:
         """Draw what belongs into a curve."""
-        if event["kind"] == "step" and event["loss"] is not None:
+        if "covers" in event:  # rare, so that none is left out
+            self._writer.add_scalar("train/loss", event["loss"], event["step"])
+        if event["kind"] == "step":
             self._waiting = event
             if event["time"] - self._last >= self.SECONDS:
                 self._draw_step()
@@ -117,11 +122,13 @@ class TensorBoard(Sink):
             return
         self._last, self._waiting = event["time"], None
         seconds = event["seconds"] + event["data_seconds"]
-        for name, value in (
-            ("train/loss", event["loss"]),
-            ("train/samples_per_second", event["samples"] / seconds),
-            ("train/step_seconds", seconds),
-        ):
+        curves = {
+            "train/samples_per_second": event["samples"] / seconds,
+            "train/step_seconds": seconds,
+        }
+        if event["loss"] is not None and "covers" not in event:
+            curves["train/loss"] = event["loss"]
+        for name, value in curves.items():
             self._writer.add_scalar(name, value, event["step"])
 
     def close(self) -> None:

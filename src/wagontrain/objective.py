@@ -282,10 +282,11 @@ class Objective:
         return float(value.mean())
 
 
-_ELEMENTWISE = (
+ELEMENTWISE = (
     "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD",
     "Rprop",
 )  # fmt: skip
+"""Optimizers of torch that treat every number of a tensor by itself."""
 
 
 def require_elementwise(optimizer: Optimizer) -> None:
@@ -295,10 +296,10 @@ def require_elementwise(optimizer: Optimizer) -> None:
         TaskError: it is not known to treat every number by itself.
     """
     kind = type(optimizer)
-    if not kind.__module__.startswith("torch.optim.") or kind.__name__ not in _ELEMENTWISE:
+    if not kind.__module__.startswith("torch.optim.") or kind.__name__ not in ELEMENTWISE:
         raise TaskError(
             f"optimizer {kind.__name__} is not known to treat every number of a tensor by itself, "
-            f"and here no rank holds whole tensors: use one of {', '.join(_ELEMENTWISE)}, or the "
+            f"and here no rank holds whole tensors: use one of {', '.join(ELEMENTWISE)}, or the "
             "strategy data-parallel"
         )
 

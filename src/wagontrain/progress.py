@@ -34,6 +34,7 @@ class Progress(Sink):
         self._live: Live | None = None
         self._start: Event = {}
         self._step: Event = {}
+        self._known_loss: float | None = None
         self._split: dict[str, float] = {}
         self._speed = _Smooth()
         self._printed = 0.0
@@ -65,6 +66,7 @@ class Progress(Sink):
 
     def _on_step(self, event: Event) -> None:
         self._step = event
+        self._on_loss(event)
         self._speed.add("step", event["seconds"] + event["data_seconds"])
         self._speed.add("data", event["data_seconds"])
         last = event["step"] + 1
@@ -75,6 +77,10 @@ class Progress(Sink):
             whole_epoch = last % self._start["steps_per_epoch"] == 0 and since >= EPOCH_SECONDS
             if whole_epoch or last == self._start["steps"] or since >= PLAIN_SECONDS:
                 self._line(event)
+
+    def _on_loss(self, event: Event) -> None:
+        if event["loss"] is not None:
+            self._known_loss = event["loss"]
 
     def _on_times(self, event: Event) -> None:
         workers = len(event["compute"])
@@ -123,8 +129,8 @@ class Progress(Sink):
         return f"step {self._step['step'] + 1}/{self._start['steps']}"
 
     def _loss(self) -> str:
-        loss = self._step["loss"]
-        return "loss -" if loss is None else f"loss {loss:.4f}"
+        """The last that is known: some strategies do not ask all ranks in every step."""
+        return "loss -" if self._known_loss is None else f"loss {self._known_loss:.4f}"
 
     def _samples_per_second(self) -> float:
         return float(self._start["batch_size"] / max(self._speed["step"], 1e-9))
@@ -152,7 +158,16 @@ def headline(start: Event) -> list[str]:
         f"{start['strategy']} over {workers} worker{'s' * (workers > 1)}{where} ({each}){relaxed}",
         f"{start['samples']:,} samples in batches of {start['batch_size']:,}, "
         f"{start['steps']:,} steps",
+        *_invitation(start),
     ]
+
+
+def _invitation(start: Event) -> list[str]:
+    """How others take part, where workers may come and go."""
+    if "join" not in start:
+        return []
+    return ["more workers may join, on this host or where it can be reached:",
+            f"  wagontrain join {start['join']} --secret-file {start['secret']}"]  # fmt: skip
 
 
 def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
@@ -171,6 +186,14 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
         lines.append(
             f"  travelled   {size(max(sent))} sent by each worker, {size(per_step)} a step"
         )
+    staleness = summary.get("staleness")
+    if staleness and staleness["max"]:
+        lines.append(
+            f"  staleness   mean {staleness['mean']:.1f} updates, 99 % within {staleness['p99']}, "
+            f"most {staleness['max']}"
+        )
+    if summary.get("lost"):
+        lines.append(f"  lost        {summary['lost']} updates on a server that was started again")
     if summary.get("straggler"):
         lines += textwrap.wrap(
             summary["straggler"],

@@ -69,6 +69,8 @@ class Training:
         optimizer: over the model's parameters.
         scheduler: of the optimizer, if there is one.
         updated: the parameters that this rank updates, where it does not update all it has.
+        more: what else a strategy keeps, under names such as `outer.NAME.momentum`. It is taken
+            up where a saved state has it, and left alone where another strategy wrote that.
     """
 
     model: nn.Module
@@ -76,10 +78,11 @@ class Training:
     optimizer: Optimizer
     scheduler: LRScheduler | None = None
     updated: Collection[Tensor] | None = None
+    more: Held = field(default_factory=Held)
 
     def held(self) -> Held:
         """This rank's part of the state."""
-        held = Held()
+        held = Held(dict(self.more.tensors), dict(self.more.layouts))
         for name, value in self.model.state_dict().items():
             if name in self.layouts:
                 held.add(f"model.{name}", local(value), self.layouts[name])
@@ -116,6 +119,8 @@ class Training:
         wanted = {f"model.{name}": self.layouts[name] for name in state if name in self.layouts}
         kept: dict[str, tuple[Tensor, str]] = {}
         shapes = source.shapes()
+        more = {name: layout for name, layout in self.more.layouts.items() if name in shapes}
+        wanted |= more
         names = self._names()
         of_name = {name: parameter for parameter, name in names.items()}
         for full in shapes:
@@ -133,6 +138,8 @@ class Training:
             for name, value in state.items():
                 if name in self.layouts:
                     local(value).copy_(parts[f"model.{name}"])
+            for name in more:
+                self.more.tensors[name].copy_(parts[name])
         try:
             self._restore_optimizer(source, kept, parts)
             if self.scheduler is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from torch import nn
 from wagontrain.batches import Batch, Cut
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
-from wagontrain.state import Training, WholeTensors, gathered, shared_plain
+from wagontrain.state import Source, Training, WholeTensors, gathered, shared_plain
 from wagontrain.task import Task
 from wagontrain.transport import Context
 
@@ -35,12 +35,14 @@ class StepReport:
         step: number of the step, from 0 over the whole training.
         epoch: the epoch it belongs to, from 0.
         samples: samples in the global batch.
-        loss: mean loss over the global batch; None where a strategy does not know it.
+        loss: mean loss over the global batch; None where a strategy does not know it (yet).
         seconds: duration of the step on this rank.
         sent: bytes this rank sent for the step; None where they cannot be counted.
         staleness: age in updates of the parameters the gradient was taken at; None if exact.
         before: what the ranks spent on the step *before* this one. It travels with this step's
             loss, because it is only known when that step is over.
+        covers: samples that `loss` is the mean over, where they are those of several steps, this
+            one the last.
     """
 
     step: int
@@ -51,6 +53,7 @@ class StepReport:
     sent: int | None = None
     staleness: float | None = None
     before: StepTimes | None = None
+    covers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,14 @@ class StepTimes:
 
     The rank that came last waited for nobody, so the shortest exchange is what the exchange
     itself takes, and what the others spent beyond that was waiting for slower ranks.
+
+    Where ranks meet only once in several steps, these are sums over so many `steps`.
     """
 
     compute: tuple[float, ...]
     exposed: tuple[float, ...]
     data: tuple[float, ...]
+    steps: int = 1
 
     @property
     def exchange(self) -> float:
@@ -75,6 +81,30 @@ class StepTimes:
     def waiting(self) -> tuple[float, ...]:
         """Seconds that each rank waited for slower ones."""
         return tuple(exposed - self.exchange for exposed in self.exposed)
+
+    @property
+    def each(self) -> StepTimes:
+        """The mean of one step."""
+        compute, exposed, data = (
+            tuple(value / self.steps for value in part)
+            for part in (self.compute, self.exposed, self.data)
+        )
+        return StepTimes(compute, exposed, data)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What ranks that do not meet in every step have told each other of some steps, in settling.
+
+    Args:
+        loss: mean loss over the samples of those steps.
+        samples: how many they are.
+        times: what each rank spent.
+    """
+
+    loss: float
+    samples: int
+    times: StepTimes | None = None
 
 
 class Runner(ABC):
@@ -101,18 +131,37 @@ class Runner(ABC):
     def training(self) -> Training:
         """All that has state on this rank, and which part of the whole it is."""
 
+    def settle(self, whole: bool = True) -> None:  # noqa: B027  most never stray
+        """Bring the ranks to one state, where a strategy lets them stray from each other.
+
+        Called on every rank before anybody looks at that state.
+
+        Args:
+            whole: also what only a checkpoint needs, and validation does not.
+        """
+
+    def news(self) -> Sequence[Settled]:
+        """What became known of past steps otherwise than by a step's report, since last asked."""
+        return ()
+
+    def restore(self, source: Source) -> None:
+        """Take up a saved state. Called on every rank."""
+        self.training.restore(source)
+
     def state_dict(self) -> dict[str, Any]:
         """The whole state, on every rank; every rank has to call this.
 
         `{"model": {NAME: tensor}, "optimizer": {NAME.KEY: tensor}, "plain": {...}}` with full
-        tensors under the plain model's names, and what is no tensor.
+        tensors under the plain model's names, and what is no tensor. Some strategies add tensors
+        of their own under further keys.
         """
+        self.settle()
         held = self.training.held()
         result: dict[str, Any] = {"model": {}, "optimizer": {}}
         result["plain"] = shared_plain(self.context, held)
         for name, tensor in gathered(self.context, held).items():
             kind, _, rest = name.partition(".")
-            result[kind][rest] = tensor
+            result.setdefault(kind, {})[rest] = tensor
         return result
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -122,10 +171,11 @@ class Runner(ABC):
         """
         tensors = {
             f"{kind}.{name}": tensor
-            for kind in ("model", "optimizer")
+            for kind in state
+            if kind != "plain"
             for name, tensor in state[kind].items()
         }
-        self.training.restore(WholeTensors(tensors, state["plain"]))
+        self.restore(WholeTensors(tensors, state["plain"]))
 
     @abstractmethod
     def check_replicas(self) -> None:
@@ -146,6 +196,8 @@ class Strategy(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    crewed: ClassVar[bool] = False
+    """Whether its workers are no fixed group of ranks but come and go: a `Crewed` strategy."""
 
     @property
     @abstractmethod

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import socket
 import sys
 import time
@@ -20,13 +19,14 @@ from torch import nn
 
 from wagontrain import checkpoint
 from wagontrain.batches import Batch, Batches, few_samples
+from wagontrain.building import peak_memory
 from wagontrain.errors import LossError, ModelError, TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.objective import not_finite
 from wagontrain.state import Held
 from wagontrain.stragglers import RankTimes
-from wagontrain.strategy import StepReport, Strategy
+from wagontrain.strategy import StepReport, StepTimes, Strategy
 from wagontrain.task import Task
 from wagontrain.transport import Context
 from wagontrain.version import __version__
@@ -155,7 +155,7 @@ class Run:
         self._samples += report.samples
         self._training_seconds += report.seconds + self._data_seconds
         if report.loss is not None:
-            self._epoch_loss.add(report.loss, report.samples)
+            self._epoch_loss.add(report.loss, report.covers or report.samples)
         self._events.send(
             "step",
             step=report.step,
@@ -166,26 +166,46 @@ class Run:
             data_seconds=self._data_seconds,
             sent=report.sent,
             **({} if report.staleness is None else {"staleness": report.staleness}),
+            **({} if report.covers is None else {"covers": report.covers}),
         )
         if report.before is not None:
-            self._times.add(report.before)
-            self._events.send(
-                "times",
-                step=report.step - 1,
-                compute=report.before.compute,
-                exchange=report.before.exchange,
-                waiting=report.before.waiting,
-                data=report.before.data,
-            )
+            self._note_times(report.before, report.step - 1)
         if self.step_count == self.first_step + 1:
-            self.check_replicas()
+            self._compare_replicas()
         return report
+
+    def _note_times(self, times: StepTimes, step: int) -> None:
+        self._times.add(times)
+        each = times.each
+        self._events.send(
+            "times",
+            step=step,
+            compute=each.compute,
+            exchange=each.exchange,
+            waiting=each.waiting,
+            data=each.data,
+        )
+
+    def _settle(self, whole: bool = False) -> None:
+        """Have the ranks come to one state before somebody looks at it."""
+        with self.context.watch.doing("coming to one state with the others"):
+            self.runner.settle(whole)
+        step = self.step_count - 1
+        for settled in self.runner.news():
+            self._epoch_loss.add(settled.loss, settled.samples)
+            epoch = step // self.task.steps_per_epoch
+            fields = {"loss": settled.loss, "covers": settled.samples}
+            self._events.send("loss", step=step, epoch=epoch, **fields)
+            if settled.times is not None:
+                self._note_times(settled.times, step)
+        self.context.sent.lap()  # not what a step sends
 
     def validate(self) -> dict[str, float]:
         """Loss and metrics over the validation data, each sample counted once on some rank."""
         if self.validation is None:
             return {}
         self._require_open()
+        self._settle()
         with self.context.watch.doing("in validation"):
             self.values = self._measure(self.validation)
         self.context.sent.lap()  # not what a step sends
@@ -221,6 +241,10 @@ class Run:
 
     def check_replicas(self) -> None:
         """Raise ReplicaError where tensors that must be equal on several ranks are not."""
+        self._settle()
+        self._compare_replicas()
+
+    def _compare_replicas(self) -> None:
         with self.context.watch.doing("comparing its copy of the weights"):
             self.runner.check_replicas()
         self.context.sent.lap()  # not what a step sends
@@ -238,6 +262,7 @@ class Run:
             LossError: weights or optimizer state are not finite; nothing is written.
         """
         self._require_open()
+        self._settle(whole=True)
         with self.context.watch.doing("writing the checkpoint"):
             held = self.runner.training.held()
             self._require_finite(held)
@@ -295,7 +320,7 @@ class Run:
                     f"the checkpoint was written with {saved}, here it is {value}: samples "
                     "would be seen twice or never; resume with the same"
                 )
-        self.runner.training.restore(source)
+        self.runner.restore(source)
         self.step_count = self.first_step = int(source.plain["steps"])
         if self.step_count >= self.steps:
             raise UsageError(
@@ -306,6 +331,7 @@ class Run:
     def finish(self) -> dict[str, Any]:
         """End the run: gather, write and return the summary, and let go of everything."""
         self._require_open()
+        self._settle()
         with self.context.watch.doing("ending"):
             summary = self._summary()
         if self.folder is not None:
@@ -379,8 +405,8 @@ class Run:
         self.context.sent.lap()
 
     def _summary(self) -> dict[str, Any]:
-        sent = self.context.sent.total()
-        rows = self.context.gather_integers([-1 if sent is None else sent, _peak_memory(self)])
+        sent, peak = self.context.sent.total(), peak_memory(self.context.world.device)
+        rows = self.context.gather_integers([-1 if sent is None else sent, peak])
         counted = all(row[0] >= 0 for row in rows)
         straggler = self._times.straggler()
         return {
@@ -423,12 +449,3 @@ class _Mean:
     @property
     def value(self) -> float | None:
         return self._sum / self._weight if self._weight else None
-
-
-def _peak_memory(run: Run) -> int:
-    """Most bytes in use so far: of the GPU where there is one, else resident in the process."""
-    device = run.context.world.device
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

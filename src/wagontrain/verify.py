@@ -27,8 +27,9 @@ from torch.utils.data import default_collate
 from wagontrain import launch
 from wagontrain.engines import Local, check_workers
 from wagontrain.errors import TrainingError, UsageError
+from wagontrain.events import read
 from wagontrain.folder import RunFolder
-from wagontrain.jobs import Job, job_folder, run_job
+from wagontrain.job import Job, job_folder, run_job
 from wagontrain.launch import Place
 from wagontrain.mesh import World
 from wagontrain.reference import Trace, stretch, train_plainly
@@ -126,7 +127,12 @@ def verify(
                 raise TrainingError(f"{error} (computing in float64: {hint})") from error
             return _read_trace(folder / name)
 
-        found, notes = trace("strategy", workers, False)
+        if strategy.crewed:
+            found, notes = _trace_crew(
+                source, strategy, workers, folder, options, task_file, overrides
+            )
+        else:
+            found, notes = trace("strategy", workers, False)
         expected, _ = trace("reference", 1, True)
         verdict = compare(found, expected, strategy, workers, dtype, notes["dropout"])
         if not verdict.passed:
@@ -134,6 +140,36 @@ def verify(
             repeated = compare(again, expected, strategy, 1, dtype, False)
             verdict = dataclasses.replace(verdict, random_forward=not repeated.passed)
     return verdict
+
+
+def _trace_crew(
+    source: TaskSource,
+    strategy: Strategy,
+    workers: int,
+    folder: Path,
+    options: Mapping[str, Any],
+    task_file: str | None,
+    overrides: Mapping[str, Any] | None,
+) -> tuple[Trace, dict[str, bool]]:
+    """Train with workers that come and go, and read from the run's files what happened."""
+    from wagontrain import crew  # few strategies need what it brings along
+    from wagontrain.servers.contract import Crewed
+
+    assert isinstance(strategy, Crewed)
+    with computing_in(options["dtype"]):
+        task, dropout = prepared(make_task(source, overrides), options["dtype"])
+        first = first_step(task, options["steps"])
+        last = first + options["steps"]
+        task = dataclasses.replace(task, epochs=-(-last // task.steps_per_epoch))
+        order = crew.Order(
+            source, strategy, {**(overrides or {}), "epochs": task.epochs}, task_file, last, None,
+            launch.Terms(), first, options["dtype"],
+        )  # fmt: skip
+        _, path = crew.start(order, task, workers, None, folder / "crew", "verify", None)
+        kept = RunFolder(path)
+        losses = [event["loss"] for event, _ in read(kept.events) if event["kind"] == "step"]
+        state = safetensors.torch.load_file(kept.weights)
+        return Trace.of(losses, task.build_model(), state), {"dropout": dropout}
 
 
 def compare(
@@ -234,7 +270,8 @@ def trace_strategy(task: Task, strategy: Strategy, context: Context, steps: int)
     with Run(task, strategy, context) as run:
         losses = []
         for batch in stretch(run.training, first_step(task, steps), steps):
-            loss = run.step(batch).loss
+            report = run.step(batch)
+            loss = report.loss if report.covers is None else None  # not of several steps
             losses.append(math.nan if loss is None else loss)
         trace = Trace.of(losses, task.build_model(), run.runner.state_dict()["model"])
         run.close()

@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from wagontrain import jobs, launch, verify
-from wagontrain.jobs import Job
+from wagontrain.job import Job
 from wagontrain.launch import Place
 
-JOBS = {"train": jobs.train_job, "trace": verify.trace_job}
+
+def _work(job: Job, folder: Path, place: Place | None) -> None:
+    from wagontrain import crew  # few strategies need what it brings along
+
+    dtype = job.options["dtype"]
+    if dtype is None:
+        crew.work_job(job, folder, lambda task: task)
+        return
+    with verify.computing_in(dtype):
+        crew.work_job(job, folder, lambda task: verify.prepared(task, dtype)[0])
+
+
+JOBS: dict[str, Callable[[Job, Path, Place | None], None]] = {
+    "train": jobs.train_job,
+    "trace": verify.trace_job,
+    "work": _work,
+}
 
 
 def main() -> None:

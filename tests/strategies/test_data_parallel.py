@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import time
+import statistics
 from functools import partial
 from typing import Any
 
@@ -49,64 +48,6 @@ def test_uneven_shares_change_nothing(gang: Gang, problem: str, shares: tuple[fl
 )
 def test_settings_that_change_nothing(gang: Gang, settings: dict[str, Any]) -> None:
     assert deviation(gang, 2, settings, "conv-batch-norm") < 1e-8
-
-
-def balanced(context: Context) -> tuple[float, ...]:
-    class Slow(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            # Three times as slow on rank 1, by the sample.
-            time.sleep(len(inputs) * (6e-3 if context.world.rank == 1 else 2e-3))
-            return super().forward(inputs)
-
-    task = wt.Task(
-        model=lambda: Slow(3, 2), loss=F.cross_entropy,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        train=TensorDataset(torch.ones(64, 3), torch.zeros(64, dtype=torch.long)), batch_size=32,
-    )  # fmt: skip
-    run = wt.Run(task, DataParallel(balance=True), context)
-    for batch in run.batches():
-        run.step(batch)
-    summary = run.finish()
-    assert summary["straggler"] is None
-    assert run.runner.cut.weights is not None
-    assert summary["shares"] == run.runner.cut.weights
-    return run.runner.cut.weights
-
-
-def test_balance_gives_a_slow_worker_less(gang: Gang) -> None:
-    first, second = gang.run(2, balanced)
-    assert first == second
-    assert 2.5 < first[0] / first[1] < 3.5
-
-
-def straggling(context: Context) -> dict[str, Any]:
-    class Slow(nn.Linear):
-        def forward(self, inputs: Tensor) -> Tensor:
-            time.sleep(0.03 if context.world.rank == 1 else 0.01)
-            return super().forward(inputs)
-
-    task = wt.Task(
-        model=lambda: Slow(3, 2), loss=F.cross_entropy,
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        train=TensorDataset(torch.ones(64, 3), torch.zeros(64, dtype=torch.long)), batch_size=8,
-    )  # fmt: skip
-    run = wt.Run(task, DataParallel(), context)
-    for batch in run.batches():
-        run.step(batch)
-    return run.finish()
-
-
-def test_who_is_waited_for_is_named(gang: Gang) -> None:
-    """Though an exchange evens out what a whole step takes on each."""
-    for summary in gang.run(3, straggling):
-        found = re.fullmatch(
-            r"rank 1 on host .* is (\d\.\d)× slower; the others waited (\d+) % of the time for it",
-            summary["straggler"].replace("%", " %"),
-        )
-        assert found
-        assert 1.8 < float(found[1]) < 3.2
-        assert 40 < int(found[2]) < 75
-        assert summary["times_per_rank"][1]["own_seconds"] > 0.2
 
 
 def test_balance_and_shares_are_one_too_many() -> None:
@@ -175,10 +116,11 @@ def test_bytes_on_the_wire_are_those_of_an_all_reduce(
     """2 (N - 1) / N · P a step as the kernel counts it, however many micro-batches there are."""
     expected = 2 * (size - 1) / size * (300 * 301 * 4)
     for sent in gang.run(size, bytes_of_steps, accumulate):
-        assert sent[1:] == pytest.approx([expected] * 3, rel=0.03)
+        # In the middle: on a starved machine the kernel sends some packets twice.
+        assert statistics.median(sent[1:]) == pytest.approx(expected, rel=0.03)
 
 
-class _Conditional(nn.Module):
+class Conditional(nn.Module):
     """Uses its second layer only for batches whose first sample says so."""
 
     def __init__(self) -> None:
@@ -192,7 +134,7 @@ class _Conditional(nn.Module):
 
 def conditional_task() -> wt.Task:
     return wt.Task(
-        model=_Conditional, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1),
+        model=Conditional, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1),
         train=TensorDataset(numbers(64, 3), classes(64, 2)), batch_size=8,
     )  # fmt: skip
 
@@ -207,123 +149,11 @@ def losses_of_conditional(context: Context) -> list[float]:
     return losses_of(context, conditional_task, find_unused_parameters=True)
 
 
-class _Counting(nn.Module):
-    """Keeps a running mean of its inputs in a buffer: different on each rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 2)
-        self.register_buffer("mean", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.mean.lerp_(x.detach().mean(0), 0.1)
-        return self.head(x)
-
-
-def message_of(context: Context, model: Any, **fields: Any) -> str:
-    """The error that training a model for a few steps ends with."""
-    task = dataclasses.replace(conditional_task(), model=model, **fields)
-    try:
-        with wt.Run(task, DataParallel(), context) as run:
-            for batch in run.batches():
-                run.step(batch)
-            run.check_replicas()
-    except wt.WagontrainError as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-def test_a_buffer_that_follows_each_ranks_own_samples_is_an_error(gang: Gang) -> None:
-    assert "no error" in message_of(Context(), _Counting)
-    for message in gang.run(2, message_of, _Counting):
-        assert message.startswith("ReplicaError: buffer 'mean' of rank 1 is no longer")
-
-
-def drift(context: Context) -> str:
-    task = conditional_task()
-    with wt.Run(task, DataParallel(find_unused_parameters=True), context) as run:
-        run.check_replicas()
-        if context.world.rank == 1:
-            with torch.no_grad():
-                run.model.always.weight[0, 0].add_(1e-6)
-        try:
-            run.check_replicas()
-        except wt.ReplicaError as error:
-            return str(error)
-    return "no error"
-
-
-def test_a_drifting_replica_is_noticed(gang: Gang) -> None:
-    for message in gang.run(3, drift):
-        assert "parameter 'always.weight' of rank 1" in message
-
-
-class _Explodes(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x) * (float("nan") if x[0, 0] > 2 else 1.0)
-
-
-def test_a_nan_names_step_rank_and_samples(gang: Gang) -> None:
-    data = torch.zeros(64, 3)
-    data[3 * 8 + 4, 0] = 3.0  # step 3, first sample of rank 1
-    fields = {"train": TensorDataset(data, classes(64, 2)), "shuffle": False}
-    for message in gang.run(2, message_with, _Explodes, fields):
-        assert message.startswith("LossError: the loss is nan at step 3 (epoch 0) on rank 1")
-        assert "samples 28 to 31 in the epoch's order" in message
-
-
-def message_with(context: Context, model: Any, fields: dict[str, Any]) -> str:
-    return message_of(context, model, **fields)
-
-
-def weights_after_nan(context: Context) -> bool:
-    data = torch.zeros(64, 3)
-    data[8, 0] = 3.0
-    task = dataclasses.replace(
-        conditional_task(), model=_Explodes, shuffle=False,
-        train=TensorDataset(data, classes(64, 2)),
-    )  # fmt: skip
-    with wt.Run(task, DataParallel(), context) as run:
-        batches = run.batches()
-        run.step(next(batches))
-        try:
-            run.step(next(batches))
-        except wt.LossError:
-            return all(bool(value.isfinite().all()) for value in run.model.parameters())
-    return False
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_nan_never_reaches_the_weights(gang: Gang, size: int) -> None:
-    assert all(gang.run(size, weights_after_nan))
-
-
 def test_more_workers_than_samples_are_refused() -> None:
     with pytest.raises(wt.UsageError, match="9 workers cannot share a batch of 8"):
         DataParallel().check(conditional_task(), wt.World(size=9))
     with pytest.raises(wt.UsageError, match="2 weights were given for 3 workers"):
         DataParallel(shares=(1.0, 2.0)).check(conditional_task(), wt.World(size=3))
-
-
-def times(context: Context) -> list[Any]:
-    with wt.Run(conditional_task(), DataParallel(find_unused_parameters=True), context) as run:
-        reports = [run.step(batch).before for batch in run.batches()]
-        run.close()
-    return reports
-
-
-def test_reports_carry_the_times_of_all_ranks(gang: Gang) -> None:
-    first, *others = gang.run(3, times)[0]
-    assert first is None
-    for before in others:
-        assert len(before.compute) == len(before.exposed) == 3
-        assert all(seconds > 0 for seconds in before.compute)
-        assert min(before.waiting) == 0
-        assert before.exchange >= 0
 
 
 def different_dropout(context: Context) -> Tensor:
@@ -425,84 +255,3 @@ def test_models_that_are_easily_trained_otherwise(gang: Gang, kind: str, size: i
     alone = outcome(Context(), kind)
     for found in gang.run(size, outcome, kind):
         assert found == pytest.approx(alone, rel=1e-4)
-
-
-def summed(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target, reduction="sum")
-
-
-def weighted(output: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(output, target, weight=torch.tensor([1.0, 20.0]))
-
-
-@pytest.mark.parametrize("loss", [summed, weighted])
-def test_a_loss_that_is_no_mean_is_refused(gang: Gang, loss: Any) -> None:
-    for message in gang.run(2, message_with, partial(nn.Linear, 3, 2), {"loss": loss}):
-        assert message.startswith("TaskError: the loss is not a mean over the samples given")
-
-
-class _TwiceDifferentiated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.requires_grad_()
-        with torch.enable_grad():
-            y = self.net(x)
-            (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-        return y + slope[:, :2]
-
-
-def twice(context: Context) -> str:
-    try:
-        return message_of(context, _TwiceDifferentiated)
-    except RuntimeError as error:
-        return str(error)
-
-
-def test_a_second_derivative_through_batch_norm_is_an_error(gang: Gang) -> None:
-    assert twice(Context()) == "no error"
-    for message in gang.run(2, twice):
-        assert "once_differentiable" in message
-
-
-def test_a_parameter_left_out_names_the_setting(gang: Gang) -> None:
-    """Half of the steps leave out a layer, which the trial step did not show."""
-    data = torch.zeros(64, 3)
-    data[:8] = 1.0  # the first batch uses it on all ranks, later ones on none
-    fields = {"train": TensorDataset(data, classes(64, 2)), "shuffle": False}
-    for message in gang.run(2, message_with, _Conditional, fields):
-        assert "--set find_unused_parameters=true" in message
-
-
-class _InfiniteSlope(nn.Module):
-    """A finite loss with an infinite gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.head(x)
-        return y + (y * 0).abs().sqrt()
-
-
-def spoiled_save(context: Context) -> tuple[str, str]:
-    task = dataclasses.replace(conditional_task(), model=_InfiniteSlope)
-    with wt.Run(task, DataParallel(), context) as run:
-        batches = run.batches()
-        run.step(next(batches))
-        messages = []
-        for attempt in (run.save, lambda: run.step(next(batches))):
-            try:
-                attempt()
-            except wt.LossError as error:
-                messages.append(str(error))
-    return tuple(messages)  # type: ignore[return-value]
-
-
-def test_a_gradient_that_is_not_finite_is_not_saved_and_not_blamed_on_the_next_step() -> None:
-    on_save, on_step = spoiled_save(Context())
-    assert "'head.weight' is not finite after step 0" in on_save
-    assert "parameter 'head.weight' was not finite any more: a gradient of an earlier" in on_step

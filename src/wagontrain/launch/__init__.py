@@ -13,9 +13,18 @@ from wagontrain.launch.cores import cores
 from wagontrain.launch.failure import Failure, cause, read_failures
 from wagontrain.launch.local import end_with, start_workers, work, worker_command
 from wagontrain.launch.meeting import WAIT, Terms, join, leave, meet
-from wagontrain.launch.place import Place, device_for, place_from_environment
+from wagontrain.launch.network import named, reaching
+from wagontrain.launch.place import (
+    SECRET,
+    Place,
+    device_for,
+    environment_of,
+    place_from_environment,
+    secret_of_job,
+)
 
 __all__ = [
+    "SECRET",
     "WAIT",
     "Failure",
     "Place",
@@ -24,11 +33,15 @@ __all__ = [
     "cores",
     "device_for",
     "end_with",
+    "environment_of",
     "join",
     "leave",
     "meet",
+    "named",
     "place_from_environment",
+    "reaching",
     "read_failures",
+    "secret_of_job",
     "start_workers",
     "work",
     "worker_command",

@@ -111,3 +111,30 @@ def device_for(place: Place) -> torch.device:
             f"most {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     return torch.device("cuda", place.local_rank)
+
+
+SECRET = "WAGONTRAIN_SECRET"
+"""Variable in which a process finds the secret of a job that workers may join."""
+
+
+def secret_of_job(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The secret of the job that this process takes part in, if it was given one."""
+    return environment.get(SECRET)
+
+
+def environment_of(
+    number: int, workers: int, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What a worker of a job that workers may join is started with: its share of this host.
+
+    Args:
+        number: of the worker among those of this host.
+        workers: how many this host has.
+        environment: of this process.
+    """
+    own = dict(environment)
+    own.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
+    gpus = torch.cuda.device_count()
+    if gpus and "CUDA_VISIBLE_DEVICES" not in environment:
+        own["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    return own

@@ -1,0 +1,436 @@
+"""Running strategies whose workers come and go: who is started, and started again.
+
+The launching process is the coordinator. Beside it are server shards and workers, each a process
+of its own that is started again when it dies; other hosts may add workers at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wagontrain import checkpoint, launch
+from wagontrain.errors import UsageError, WorkerError
+from wagontrain.events import Events
+from wagontrain.folder import RunFolder
+from wagontrain.job import Job, job_folder
+from wagontrain.launch import Place, Terms
+from wagontrain.launch.failure import last_words, read_failures
+from wagontrain.progress import Progress
+from wagontrain.registry import make_strategy
+from wagontrain.servers import site as sites
+from wagontrain.servers.client import Client, GivenUpError, OverError
+from wagontrain.servers.contract import Crewed
+from wagontrain.servers.coordinator import Coordinator
+from wagontrain.servers.messages import Description, Look
+from wagontrain.servers.wire import Network, Secret
+from wagontrain.servers.work import fingerprint
+from wagontrain.task import Task, TaskSource, load_task, make_task
+from wagontrain.transport import Context
+
+GRACE = 5.0
+"""Seconds a process has to end after it was told to, before it is killed."""
+
+_QUICK = 20.0
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be run.
+
+    Args:
+        source: the task, or a function that returns it.
+        strategy: how.
+        overrides: fields of the task to replace.
+        task_file: `FILE:NAME` to load it from, where there is one.
+        steps: updates after which to stop.
+        resume: checkpoint to go on from.
+        terms: where to listen, and how long a silence may be.
+        first_step: updates to leave out at the beginning.
+        dtype: what to compute in, whatever the task says.
+    """
+
+    source: TaskSource
+    strategy: Crewed
+    overrides: Mapping[str, Any]
+    task_file: str | None
+    steps: int | None
+    resume: Path | None
+    terms: Terms
+    first_step: int = 0
+    dtype: str | None = None
+
+
+def start(
+    order: Order,
+    task: Task,
+    workers: int,
+    place: Place | None,
+    run_dir: str | Path | None,
+    label: str,
+    display: Progress | None,
+) -> tuple[dict[str, Any], Path]:
+    """Run a job to its end; returns its summary and its folder.
+
+    Under torchrun or Slurm every process comes here: the first coordinates, and starts the server
+    shards and its own worker; the others work for it.
+
+    Raises:
+        UsageError: the request cannot be honoured.
+        TrainingError: training began and could not go on.
+    """
+    if place is not None and place.size > 1:
+        return _among(order, task, place, run_dir, label, display)
+    address = "127.0.0.1"
+    if order.terms.interface:
+        address = launch.named(order.terms.interface).address
+    return _lead(order, task, workers, workers, address, run_dir, label, display)
+
+
+def _among(
+    order: Order,
+    task: Task,
+    place: Place,
+    run_dir: str | Path | None,
+    label: str,
+    display: Progress | None,
+) -> tuple[dict[str, Any], Path]:
+    """One of several processes that somebody else has started."""
+    context = launch.join(place, order.terms)
+    first = place.rank == 0
+    try:
+        address = _own_address(place, order.terms.interface) if first else ""
+        port = free_port(address) if first else 0
+        secret = Secret.new() if first else None
+        told = context.gather_text(f"{address} {port} {secret.text}" if secret else "")[0]
+    finally:
+        launch.leave(context)
+    address, given, text = told.split()
+    if secret is not None:
+        return _lead(
+            order, task, place.size, 1, address, run_dir, label, display, int(given), secret
+        )
+    take_part(task, order.strategy, endpoint(address, int(given)), Secret(text))
+    return {}, Path()
+
+
+def _lead(
+    order: Order,
+    task: Task,
+    workers: int,
+    here: int,
+    address: str,
+    run_dir: str | Path | None,
+    label: str,
+    display: Progress | None,
+    port: int = 0,
+    secret: Secret | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Coordinate a job of so many workers, of which some are started here."""
+    strategy, secret = order.strategy, secret or Secret.new()
+    folder = RunFolder.create(run_dir, label)
+    keep_secret(secret, folder.path / "secret")
+    try:
+        with job_folder() as job, Network(secret) as network:
+            listener = network.listen(address, port)
+            description = {
+                "strategy": strategy.name, "settings": strategy.settings,
+                "overrides": dict(order.overrides), "task_file": order.task_file,
+            }  # fmt: skip
+            Job(
+                "work", strategy.name, strategy.settings, dict(order.overrides), order.task_file,
+                str(folder.path), {"coordinator": listener.endpoint, "dtype": order.dtype},
+            ).write(job, order.source, strategy)  # fmt: skip
+            events = Events([*folder.sinks(), *([display] if display is not None else [])])
+            terms = sites.Terms(
+                socket.gethostname(), fingerprint(task, torch.device("cpu")), description,
+                workers, order.terms.patience,
+            )  # fmt: skip
+            source = None
+            if order.resume is not None:
+                source = checkpoint.Restored(Context(), checkpoint.Checkpoint(order.resume))
+            site = sites.Site(
+                listener, folder, events, terms, workers, order.steps, source, order.first_step
+            )
+            coordinator, record = strategy.coordinator(task, site)
+            record.begin(workers)
+            crew = Crew(job, folder.logs, secret, here)
+            with ended(crew, coordinator):
+                for number in range(strategy.shards):
+                    crew.start(
+                        shard_command(listener.endpoint, number, address), number, serves=True
+                    )
+                for number in range(here):
+                    crew.start(launch.worker_command(job), number)
+                coordinator.run(lambda: crew.look_after(coordinator))
+            summary = record.end(workers)
+    except UsageError:
+        (folder.path / "secret").unlink(missing_ok=True)
+        folder.discard()
+        raise
+    return summary, folder.path
+
+
+def _own_address(place: Place, interface: str | None) -> str:
+    found = launch.named(interface) if interface else launch.reaching(place.address, place.port)
+    return found.address
+
+
+def shard_command(coordinator: str, index: int, address: str) -> list[str]:
+    """The command of a server shard, at a port that it keeps when it is started again."""
+    port = str(free_port(address))
+    program = [sys.executable, "-u", "-m", "wagontrain.servers.serving"]
+    return [*program, coordinator, str(index), address, port]
+
+
+def work_job(job: Job, folder: Path, prepare: Callable[[Task], Task]) -> None:
+    """The worker's side of a job of the kind "work"."""
+    secret = Secret(sys.stdin.readline().strip())
+    task, strategy = job.load(folder)
+    assert isinstance(strategy, Crewed)
+    take_part(prepare(task), strategy, job.options["coordinator"], secret)
+
+
+def endpoint(address: str, port: int) -> str:
+    """How ZeroMQ writes it."""
+    return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
+
+
+@dataclass
+class _Process:
+    """A process of the crew; started again, it keeps its place."""
+
+    command: Sequence[str]
+    log: Path
+    rank: int
+    serves: bool
+    popen: subprocess.Popen[bytes]
+    began: float
+    quick_ends: int = 0
+
+
+class Crew:
+    """The processes of one host.
+
+    Args:
+        folder: where processes leave their failures.
+        logs: where what they print goes.
+        secret: of the job; each reads it from its standard input.
+        workers: how many share the cores and GPUs of this host.
+    """
+
+    def __init__(self, folder: Path, logs: Path, secret: Secret, workers: int) -> None:
+        self._folder = folder
+        self._logs = logs
+        self._secret = secret
+        self._workers = workers
+        self._processes: list[_Process] = []
+
+    def start(self, command: Sequence[str], rank: int, serves: bool = False) -> None:
+        """Start a process.
+
+        Args:
+            command: program and arguments.
+            rank: its number among those of its kind.
+            serves: whether it is a server shard.
+        """
+        log = self._logs / f"{'server' if serves else 'rank'}{rank}.log"
+        popen = self._popen(command, log, rank)
+        self._processes.append(_Process(command, log, rank, serves, popen, time.monotonic()))
+
+    def _popen(self, command: Sequence[str], log: Path, number: int) -> subprocess.Popen[bytes]:
+        environment = launch.environment_of(number, self._workers)
+        with log.open("ab") as output:
+            popen = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+                env=environment,
+            )  # fmt: skip
+        assert popen.stdin is not None
+        with contextlib.suppress(BrokenPipeError), popen.stdin:  # it may have ended already
+            popen.stdin.write(self._secret.text.encode() + b"\n")
+        return popen
+
+    def look_after(self, coordinator: Coordinator) -> None:
+        """Start again what has ended, unless it said that there is no use.
+
+        Raises:
+            UsageError, TrainingError: what a worker said.
+            WorkerError: a process ends again and again.
+        """
+        for process in self._processes:
+            status = process.popen.poll()
+            if status is None or (status == 0 and coordinator.finished):
+                continue
+            for failure in read_failures(self._folder):
+                (self._logs / f"rank{failure.rank}.traceback").write_text(failure.traceback)
+                raise failure.error("")
+            self._again(process, status, coordinator)
+
+    def _again(self, process: _Process, status: int, coordinator: Coordinator) -> None:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else (
+            f"ended with status {status}"
+        )  # fmt: skip
+        what = f"server shard {process.rank}" if process.serves else f"worker {process.rank}"
+        now = time.monotonic()
+        process.quick_ends = process.quick_ends + 1 if now - process.began < _QUICK else 0
+        if process.quick_ends >= _TRIES:
+            said = last_words(self._logs, process.rank)
+            raise WorkerError(
+                f"{what} {how}, {_TRIES} times within {_QUICK:.0f} s of its start; what it "
+                f"printed last, from {process.log}:\n{said}"
+            )
+        coordinator.gone(process.popen.pid, how)
+        coordinator.observer.noted(
+            "restarted", {"what": what, "process": process.popen.pid, "why": how}
+        )
+        process.popen = self._popen(process.command, process.log, process.rank)
+        process.began = now
+
+    def end(self, coordinator: Coordinator) -> None:
+        """Wait until all have ended, which they were told to; kill who does not."""
+        limit = time.monotonic() + GRACE
+        while time.monotonic() < limit and any(
+            process.popen.poll() is None for process in self._processes
+        ):
+            coordinator.say_over(0.1)  # one that was just started has not heard it yet
+        for process in self._processes:
+            if process.popen.poll() is None:
+                process.popen.kill()
+                process.popen.wait(GRACE)
+
+
+def take_part(task: Task, strategy: Crewed, coordinator: str, secret: Secret) -> None:
+    """Work for a coordinator until there is nothing more to do.
+
+    Raises:
+        UsageError: it does not take this worker.
+        TrainingError: the task failed here, or the job elsewhere.
+    """
+    context = launch.join(None)
+    device = context.world.device
+    own = fingerprint(task, device)
+    while True:
+        with Network(secret) as network:
+            client = None
+            try:
+                client = Client(network, coordinator, own)
+                strategy.worker(task, client, device).run()
+            except OverError:
+                return
+            except GivenUpError:
+                continue
+            finally:
+                if client is not None:
+                    client.close(leave=sys.exc_info()[0] is not None)
+
+
+def join(coordinator: str, task_file: str | None, secret_file: Path | None) -> None:
+    """Take part in a run on this or another host, as one more worker.
+
+    Args:
+        coordinator: `HOST:PORT` at which the run listens.
+        task_file: `FILE:NAME` of the task; where not given the path that the run has it at.
+        secret_file: the run's secret; where not given it is in the environment.
+
+    Raises:
+        UsageError: nobody answers, the secret is wrong, or the task is another one.
+    """
+    host, colon, port = coordinator.removeprefix("tcp://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"{coordinator!r} is not HOST:PORT: give what the run printed")
+    secret = secret_from(secret_file, launch.secret_of_job())
+    at = endpoint(_address(host.strip("[]")), int(port))
+    job = described(at, secret)
+    file = task_file or job["task_file"]
+    if file is None:
+        raise UsageError("the run has no task file, for it was started from a script: give one")
+    if not Path(file.partition(":")[0]).exists():
+        raise UsageError(f"the run's task file {file!r} is not on this host: give its path here")
+    strategy = make_strategy(job["strategy"], job["settings"])
+    if not isinstance(strategy, Crewed):
+        raise UsageError(f"{strategy.name} has no workers that come and go")
+    take_part(make_task(load_task(file), job["overrides"]), strategy, at, secret)
+
+
+def _address(host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host, None)[0][4][0])
+    except socket.gaierror as error:
+        raise UsageError(f"host {host!r} is unknown here ({error.strerror})") from None
+
+
+def described(coordinator: str, secret: Secret, seconds: float = 20.0) -> dict[str, Any]:
+    """What is trained there, and how.
+
+    Raises:
+        UsageError: nobody answers, or not with a description.
+    """
+    with Network(secret) as network:
+        line = network.connect(coordinator)
+        line.send(Look())
+        incoming = line.receive(seconds)
+        if incoming is None or not isinstance(incoming.message, Description):
+            raise UsageError(
+                f"nobody answers at {coordinator} within {seconds:.0f} s: is the run still going "
+                "on, and does this host reach that address?"
+            )
+        return incoming.message.job
+
+
+def secret_from(file: Path | None, environment: str | None) -> Secret:
+    """The job's secret, out of a file or the environment.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    if file is not None:
+        try:
+            return Secret(file.read_text().strip())
+        except OSError as error:
+            raise UsageError(f"{str(file)!r} cannot be read: {error.strerror}") from None
+    if environment:
+        return Secret(environment)
+    raise UsageError(
+        f"the job's secret is needed: give --secret-file RUN_DIR/secret, or set {launch.SECRET}"
+    )
+
+
+def keep_secret(secret: Secret, file: Path) -> None:
+    """Write the secret where only this user can read it."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as out:
+        out.write(secret.text + "\n")
+
+
+def free_port(address: str) -> int:
+    """A port that nothing listens on now."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ended(crew: Crew, coordinator: Coordinator) -> Iterator[None]:
+    """Within, the job runs; afterwards all its processes have been told so, and have ended."""
+    reason = ""
+    try:
+        yield
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        raise
+    finally:
+        coordinator.stop(reason)
+        crew.end(coordinator)

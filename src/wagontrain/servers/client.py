@@ -1,0 +1,221 @@
+"""A worker's side of the conversation: work from the coordinator, parameters and gradients.
+
+Three activities that wait for each other only where they must, as in Downpour: computing in the
+caller's thread, fetching parameters in a second, pushing gradients in a third. A fourth says
+that the worker is still there.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from os import getpid
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from wagontrain.building import peak_memory
+from wagontrain.errors import UsageError, WorkerError
+from wagontrain.servers.lines import Lines
+from wagontrain.servers.messages import (
+    Ask,
+    Beat,
+    Bye,
+    Done,
+    Hello,
+    Lease,
+    Measured,
+    Message,
+    Refusal,
+    Spoiled,
+    Stop,
+    Unknown,
+    Welcome,
+)
+from wagontrain.servers.wire import Network
+from wagontrain.version import __version__
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+
+_CPU = torch.device("cpu")
+
+_T = TypeVar("_T")
+
+
+class GivenUpError(WorkerError):
+    """The coordinator has given this worker up: it has to say hello again."""
+
+
+class OverError(Exception):
+    """There is nothing more to do."""
+
+
+class Client:
+    """One worker's lines.
+
+    Args:
+        network: of this process.
+        coordinator: where it listens.
+        fingerprint: of the task as this process has it.
+        seconds: longest time to wait for any answer.
+
+    Raises:
+        UsageError: the coordinator refuses this worker, or does not answer.
+    """
+
+    def __init__(
+        self, network: Network, coordinator: str, fingerprint: str, seconds: float = 300.0
+    ) -> None:
+        self._network = network
+        self.memory = network.arena.memory
+        self._endpoint = coordinator
+        self._seconds = seconds
+        self._inbox: deque[Lease] = deque()
+        self._control = network.connect(coordinator)
+        self._reports = network.connect(coordinator)
+        self.doing = "starting"
+        self.sent = 0
+        self.welcome = self._say_hello(
+            Hello("worker", __version__, socket.gethostname(), getpid(), fingerprint=fingerprint)
+        )
+        self._closing = threading.Event()
+        self._fetching = ThreadPoolExecutor(1, "fetch")
+        self._pushing = ThreadPoolExecutor(1, "push")
+        self._lines = [Lines(network, self.welcome.shards, seconds) for _ in range(2)]
+        self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
+        self._heart.start()
+
+    @property
+    def number(self) -> int:
+        """What the coordinator calls this worker."""
+        return self.welcome.worker
+
+    def _say_hello(self, hello: Hello) -> Welcome:
+        self._control.send(hello)
+        incoming = self._control.receive(self._seconds)
+        if incoming is None:
+            raise UsageError(
+                f"nobody answers at {self._endpoint}: is the run still going on, and does this "
+                "host reach that address?"
+            )
+        incoming.drop()
+        message = incoming.message
+        if isinstance(message, Stop):
+            raise OverError(message.reason)
+        if not isinstance(message, Welcome):
+            reason = message.reason if isinstance(message, Refusal) else message.kind
+            raise UsageError(f"this worker cannot take part: {reason}")
+        return message
+
+    # --- work -----------------------------------------------------------------------------------
+
+    def ask(self) -> None:
+        """Ask for a lease."""
+        self._control.send(Ask(self.number))
+
+    def lease(self, seconds: float) -> Lease | None:
+        """The next lease; None if none came in time.
+
+        Raises:
+            OverError: there is nothing more to do.
+            GivenUpError: this worker takes part no longer.
+        """
+        if not self._inbox:
+            self._hear(seconds)
+        return self._inbox.popleft() if self._inbox else None
+
+    def _hear(self, seconds: float) -> None:
+        incoming = self._control.receive(seconds)
+        if incoming is None:
+            return
+        incoming.drop()
+        message = incoming.message
+        if isinstance(message, Lease):
+            self._inbox.append(message)
+        elif isinstance(message, Stop):
+            if message.reason:
+                raise WorkerError(message.reason)
+            raise OverError
+        elif isinstance(message, Unknown):
+            raise GivenUpError("the coordinator has not heard of this worker for too long")
+        elif isinstance(message, Refusal):
+            raise WorkerError(f"the coordinator refused: {message.reason}")
+
+    def measured(self, lease: int, weight: float, sums: dict[str, float]) -> None:
+        """Tell what validation gave."""
+        self._control.send(Measured(self.number, lease, weight, sums))
+
+    def spoiled(self, lease: int, reason: str) -> None:
+        """Tell that a lease has no finite gradient."""
+        self._control.send(Spoiled(self.number, lease, reason))
+
+    def await_(self, future: Future[_T]) -> _T:
+        """A result of `fetch` or `push`; meanwhile the coordinator may say that all is over."""
+        while not wait([future], 0.2).done:
+            self._hear(0)
+        return future.result()
+
+    # --- parameters and gradients ---------------------------------------------------------------
+
+    def fetch(
+        self,
+        slices: Callable[[int], Sequence[Tensor]],
+        at_least: int = 0,
+        snapshot: int | None = None,
+        whole: bool = False,
+    ) -> Future[int]:
+        """Begin to fetch parameters into slices; the result is their version."""
+        return self._fetching.submit(
+            self._lines[0].pull, slices, self.number, at_least, snapshot, whole
+        )
+
+    def push(
+        self,
+        slices: Callable[[int], Sequence[Tensor]],
+        done: Done,
+        without: Callable[[int], tuple[str, ...]],
+    ) -> Future[None]:
+        """Begin to push a gradient, and to tell the coordinator when all shards have it."""
+        return self._pushing.submit(self._push, slices, done, without)
+
+    def _push(
+        self,
+        slices: Callable[[int], Sequence[Tensor]],
+        done: Done,
+        without: Callable[[int], tuple[str, ...]],
+    ) -> None:
+        shards = range(len(self.welcome.shards))
+        sent = sum(each.nbytes for shard in shards for each in slices(shard))
+        self.sent += sent
+        self._lines[1].push(slices, done.worker, done.sequence, without)
+        self._report(replace(done, sent=sent))
+
+    def _report(self, message: Message) -> None:
+        self._reports.send(message)
+
+    def _beat(self) -> None:
+        line = self._network.connect(self._endpoint)
+        while not self._closing.wait(BEAT):
+            line.send(Beat(self.doing, self.number, self.sent, peak_memory(_CPU)))
+        line.close()
+
+    def close(self, leave: bool = False) -> None:
+        """End all lines; with `leave`, say good-bye first."""
+        if leave:
+            self._control.send(Bye(self.number))
+        self._closing.set()
+        for lines in self._lines:
+            lines.closing.set()
+        for pool in (self._fetching, self._pushing):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._heart.join()
+        for lines in self._lines:
+            lines.close()
+        self._control.close()
+        self._reports.close()

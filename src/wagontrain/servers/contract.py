@@ -1,0 +1,41 @@
+"""The contract of strategies whose workers come and go."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, Protocol
+
+import torch
+
+from wagontrain.servers.client import Client
+from wagontrain.servers.coordinator import Coordinator
+from wagontrain.servers.record import Record
+from wagontrain.servers.site import Site
+from wagontrain.strategy import Strategy
+from wagontrain.task import Task
+
+
+class Workman(Protocol):
+    """Something that works until it is told to stop."""
+
+    def run(self) -> None:
+        """Work."""
+
+
+class Crewed(Strategy):
+    """A strategy whose workers are no fixed group: they come, go, and are replaced."""
+
+    crewed: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def shards(self) -> int:
+        """How many server processes it needs."""
+
+    @abstractmethod
+    def coordinator(self, task: Task, site: Site) -> tuple[Coordinator, Record]:
+        """Who decides, and who keeps what happens. Called in the launching process."""
+
+    @abstractmethod
+    def worker(self, task: Task, client: Client, device: torch.device) -> Workman:
+        """One worker. Called in every worker process."""

@@ -1,0 +1,143 @@
+"""The whole state of a training on servers, as an ordinary model and optimizer.
+
+The coordinator makes one, from which every shard is given its first state, and into which the
+parts of a snapshot are put for a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wagontrain.layout import Layout
+from wagontrain.objective import require_elementwise
+from wagontrain.servers.contents import Contents
+from wagontrain.servers.job import Job
+from wagontrain.servers.model import entries_of
+from wagontrain.servers.parts import PARAMETERS, Buffer, Part, divide, region_of
+from wagontrain.state import Held, Source, Training
+from wagontrain.task import Task
+
+
+class Image:
+    """A task's model and optimizer, and how they are divided over shards.
+
+    Args:
+        task: what is trained.
+        shards: over how many servers.
+        rule: of the servers; only the task's own optimizer leaves state for others to go on from.
+
+    Raises:
+        TaskError: the optimizer looks at whole tensors, or a tensor is no plain one.
+    """
+
+    def __init__(self, task: Task, shards: int, rule: str) -> None:
+        self.model = task.build_model()
+        self.optimizer = task.build_optimizer(self.model)
+        self.scheduler = task.build_scheduler(self.optimizer)
+        require_elementwise(self.optimizer)
+        self.entries = entries_of(self.model, self.optimizer)
+        self.parts = divide(self.entries, shards)
+        self.rule = rule
+        self._seed = task.seed
+
+    def jobs(
+        self, groups: Sequence[dict[str, Any]], settings: dict[str, Any], files: Path | None
+    ) -> list[Job]:
+        """What each shard is to hold.
+
+        Args:
+            groups: settings of each group of parameters.
+            settings: of the rule.
+            files: folder in which shards keep their state now and then; None for nowhere.
+        """
+        if files is not None:
+            files.mkdir(exist_ok=True)
+        return [
+            Job(
+                index, len(self.parts), tuple(parts), self.rule, settings,
+                type(self.optimizer).__name__, tuple(groups), seed=self._seed,
+                file="" if files is None else str(files / f"shard-{index}.safetensors"),
+            )
+            for index, parts in enumerate(self.parts)
+        ]  # fmt: skip
+
+    @property
+    def training(self) -> Training:
+        """All that has state."""
+        layouts = {name: Layout.whole(value) for name, value in self.model.state_dict().items()}
+        return Training(self.model, layouts, self.optimizer, self.scheduler)
+
+    def restore(self, source: Source) -> None:
+        """Take up a checkpoint's state, scheduler included.
+
+        Raises:
+            UsageError: it is of another model.
+        """
+        self.training.restore(source)
+
+    def part(self, index: int) -> Contents:
+        """The state that one shard begins with."""
+        parts = self.parts[index]
+        buffer = Buffer(parts)
+        tensors = self.model.state_dict()
+        for part, view in zip(buffer.parts, buffer.views, strict=True):
+            view.copy_(tensors[part.name].reshape(-1)[part.start : part.stop])
+        made = Contents(0, buffer.regions)
+        if not self.optimizer.state or self.rule != "optimizer":
+            return made
+        parameters = dict(self.model.named_parameters())
+        for at, part in enumerate(_updated(parts)):
+            for key, value in self.optimizer.state.get(parameters[part.name], {}).items():
+                if value is not None:
+                    made.tensors[f"state.{at}.{key}"] = _cut(value, parameters[part.name], part)
+        made.plain["groups"] = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        return made
+
+    def take(self, kept: Sequence[Contents]) -> Held:
+        """The state that the shards together have, by the plain model's names."""
+        tensors = self.model.state_dict()
+        parameters = dict(self.model.named_parameters())
+        for parts, content in zip(self.parts, kept, strict=True):
+            buffer = Buffer(parts)
+            for region, its in zip(buffer.regions, content.values, strict=True):
+                region.copy_(its)
+            for part, view in zip(buffer.parts, buffer.views, strict=True):
+                tensors[part.name].reshape(-1)[part.start : part.stop] = view
+            if self.rule == "optimizer":
+                for at, part in enumerate(_updated(parts)):
+                    self._take_state(parameters[part.name], part, at, content)
+        return self.training.held()
+
+    def _take_state(self, parameter: Tensor, part: Part, at: int, content: Contents) -> None:
+        prefix = f"state.{at}."
+        state = self.optimizer.state[parameter]
+        for name, value in content.tensors.items():
+            if not name.startswith(prefix):
+                continue
+            key = name.removeprefix(prefix)
+            if value.dim() == 0:
+                state[key] = value
+                continue
+            if key not in state:
+                state[key] = torch.zeros_like(parameter, dtype=value.dtype)
+            state[key].reshape(-1)[part.start : part.stop] = value
+
+
+def _updated(parts: Sequence[Part]) -> list[Part]:
+    """Those that have optimizer state, in the order in which a shard counts them."""
+    return [part for part in parts if region_of(part.group) == PARAMETERS]
+
+
+def _cut(state: Any, parameter: Tensor, part: Part) -> Tensor:
+    value = torch.as_tensor(state)
+    if value.shape != parameter.shape:
+        return value
+    return value.detach().reshape(-1)[part.start : part.stop].clone()

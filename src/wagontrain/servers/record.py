@@ -1,0 +1,216 @@
+"""What becomes of a job: its events, its checkpoints, its summary."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from wagontrain import checkpoint
+from wagontrain.errors import LossError
+from wagontrain.objective import not_finite
+from wagontrain.servers import descent
+from wagontrain.servers.contents import Contents
+from wagontrain.servers.coordinator import Member, Observer
+from wagontrain.servers.descent import Descent
+from wagontrain.servers.image import Image
+from wagontrain.servers.site import Site
+from wagontrain.strategy import Strategy
+from wagontrain.task import Task
+from wagontrain.transport import Context
+from wagontrain.version import __version__
+
+STEPS_BETWEEN_SAVES = 20
+
+
+class Record(Observer):
+    """Keeps what happens.
+
+    Args:
+        task: what is trained.
+        strategy: how.
+        image: where the state of a snapshot is put together.
+        site: the run's folder, and who takes events.
+        decisions: know staleness and workers.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        strategy: Strategy,
+        image: Image,
+        site: Site,
+        decisions: Descent,
+    ) -> None:
+        self.task = task
+        self.strategy = strategy
+        self.image = image
+        self.decisions = decisions
+        self.lost: Callable[[], int] = lambda: 0
+        self.site = site
+        self.folder = site.folder
+        self.events = site.events
+        self.last_step = min(task.epochs * task.steps_per_epoch, site.steps or sys.maxsize)
+        self.values: dict[str, float] = {}
+        self.steps = 0
+        self.samples = 0
+        self.hosts: set[str] = set()
+        self.most_workers = 0
+        self._here = 0
+        self._versions: dict[int, int] = {}
+        self._members: dict[int, tuple[int, int]] = {}
+        self._losses: dict[int, list[float]] = {}
+        self._began = self._last = time.perf_counter()
+        self._first: float | None = None
+
+    def committed(self, apply: descent.Apply) -> None:
+        """An update was decided on."""
+        now = time.perf_counter()
+        self._first = self._last if self._first is None else self._first
+        self.steps = apply.version
+        self.samples += apply.samples
+        sums = self._losses.setdefault(apply.epoch, [0.0, 0.0])
+        sums[0] += apply.loss * apply.divide
+        sums[1] += apply.divide
+        self.events.send(
+            "step",
+            step=apply.version - 1,
+            epoch=apply.epoch,
+            samples=apply.samples,
+            loss=apply.loss,
+            seconds=now - self._last,
+            data_seconds=0.0,
+            sent=None,
+            staleness=apply.staleness,
+        )
+        self._last = now
+
+    def validated(self, result: descent.Validated) -> None:
+        """A validation is complete."""
+        self.values = dict(result.values)
+        self.events.send(
+            "validation",
+            epoch=result.epoch,
+            step=self._versions.pop(result.snapshot),
+            values=self.values,
+        )
+
+    def seen(self, member: Member) -> None:
+        """A worker has given a sign of life."""
+        self._members[member.number] = (member.sent, member.memory)
+
+    def kept(self, keep: descent.Keep) -> None:
+        """A snapshot is taken."""
+        self._versions[keep.number] = keep.version
+
+    def noted(self, kind: str, fields: dict[str, Any]) -> None:
+        """Something else that belongs among the run's events."""
+        if kind == "joined":
+            self.hosts.add(fields["host"])
+            self._here += 1
+            self.most_workers = max(self.most_workers, self._here)
+        elif kind == "left":
+            self._here -= 1
+        self.events.send(kind.replace(" ", "_"), **fields)
+
+    def wants_state(self, keep: descent.Keep) -> bool:
+        """After the last epoch always; epochs of a few steps are taken together."""
+        every = max(1, STEPS_BETWEEN_SAVES // self.task.steps_per_epoch)
+        return keep.final or (keep.epoch + 1) % every == 0
+
+    def state(self, keep: descent.Keep, parts: list[Contents]) -> None:
+        """Write a checkpoint that any strategy can resume from."""
+        held = self.image.take(parts)
+        spoiled = not_finite(held.tensors)
+        if spoiled:
+            raise LossError(
+                f"{spoiled.partition('.')[2]!r} is not finite after {keep.version} updates: "
+                "nothing was saved over the weights from before; give a lower learning rate"
+            )
+        task = self.task
+        data = {
+            "samples": task.samples, "batch_size": task.batch_size, "seed": task.seed,
+            "shuffle": task.shuffle,
+        }  # fmt: skip
+        reached = keep.reached
+        notes = {
+            "strategy": self.strategy.name, "data": data,
+            "reached": [reached.position, [list(gap) for gap in reached.gaps]],
+        }  # fmt: skip
+        place = self.folder.path / "checkpoints"
+        saved = checkpoint.save(Context(), held, place, keep.version, notes)
+        checkpoint.export(saved, self.folder.weights)
+
+    def begin(self, workers: int) -> None:
+        """Say what is going to be run."""
+        task = self.task
+        description = {
+            "strategy": self.strategy.name,
+            "settings": self.strategy.settings,
+            "exact": self.strategy.exact,
+            "world_size": workers,
+            "hosts": [socket.gethostname()],
+        }
+        self.folder.write_plan(description)
+        self.events.send(
+            "start",
+            **description,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            threads=max(1, torch.get_num_threads() // workers),
+            epochs=task.epochs,
+            steps=self.last_step,
+            steps_per_epoch=task.steps_per_epoch,
+            batch_size=task.batch_size,
+            samples=task.samples,
+            first_step=self.steps,
+            join=self.site.listener.endpoint.removeprefix("tcp://"),
+            secret=str(self.folder.path / "secret"),
+        )
+
+    def end(self, workers: int) -> dict[str, Any]:
+        """Keep how it ended, and return that."""
+        summary = self.summary(workers)
+        self.folder.write_summary(summary)
+        self.events.send("end", summary=summary)
+        self.events.close()
+        return summary
+
+    def summary(self, workers: int) -> dict[str, Any]:
+        """How it ended."""
+        now = time.perf_counter()
+        training = now - (self._first or self._began)
+        last = max(self._losses, default=None)
+        sums = self._losses[last] if last is not None else None
+        return {
+            "strategy": self.strategy.name,
+            "settings": self.strategy.settings,
+            "exact": self.strategy.exact,
+            "world_size": workers,
+            "hosts": sorted(self.hosts),
+            "steps": self.steps,
+            "samples": self.samples,
+            "seconds": now - self._began,
+            "samples_per_second": self.samples / max(training, 1e-9),
+            "train_loss": sums[0] / sums[1] if sums else None,
+            "validation": self.values,
+            "bytes_sent_per_rank": [sent for sent, _ in self._members.values()],
+            "peak_memory_per_rank": [memory for _, memory in self._members.values()],
+            "shares": None,
+            "times_per_rank": None,
+            "straggler": None,
+            "predicted": None,
+            "most_workers": self.most_workers,
+            "lost": self.lost(),
+            "staleness": self.decisions.staleness(),
+            "workers": self.decisions.workers(),
+            "versions": {
+                "wagontrain": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }

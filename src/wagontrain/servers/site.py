@@ -1,0 +1,57 @@
+"""Where a job is coordinated, and on what terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from wagontrain.events import Events
+from wagontrain.folder import RunFolder
+from wagontrain.servers.wire import Listener
+from wagontrain.state import Source
+
+
+@dataclass(frozen=True)
+class Terms:
+    """On what terms processes take part.
+
+    Args:
+        host: this host's name.
+        fingerprint: of the task.
+        description: of the job, for those who want to join: plain data.
+        workers: how many are planned.
+        patience: seconds of silence after which a worker is given up.
+        start: seconds to wait for shards and for a first worker.
+    """
+
+    host: str
+    fingerprint: str = ""
+    description: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    patience: float = 30.0
+    start: float = 300.0
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a job is coordinated.
+
+    Args:
+        listener: where workers and shards speak to the coordinator.
+        folder: of the run.
+        events: who takes what happens.
+        terms: on what terms processes take part.
+        workers: how many are started.
+        steps: updates after which to stop, if before the last epoch's end.
+        source: of the state to go on from.
+        first_step: updates to leave out at the beginning: to compare a stretch of training.
+    """
+
+    listener: Listener
+    folder: RunFolder
+    events: Events
+    terms: Terms
+    workers: int
+    steps: int | None = None
+    source: Source | None = None
+    first_step: int = 0

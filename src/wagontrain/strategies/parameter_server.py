@@ -1,0 +1,231 @@
+"""Parameter server (Downpour): parameters on server shards, workers that wait for nobody.
+
+Each worker fetches the parameters, computes the gradient of one batch, and pushes it; the servers
+apply gradients in the order in which they come. Nobody waits for a slow worker, a dead one's
+samples are given to others, and workers may join at any time. What a gradient was computed from
+is older than what it is applied to: its staleness, about N - 1 updates for N equal workers.
+
+    consistency asynchronous     no bound
+                ssp:S            no peer more than S + 1 pushes ahead (stale-synchronous)
+                synchronous      all workers share every batch: exact
+    backup B                     synchronous, but without waiting for the last B workers
+
+Bytes sent per worker and update: P / n_push up, P / n_fetch down for P bytes of parameters; each of
+M shards carries 1 / M of what all workers exchange.
+
+Sources: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 4.1 (Downpour,
+Adagrad); Ho et al. 2013, "More Effective Distributed ML via a Stale Synchronous Parallel
+Parameter Server"; Chen et al. 2016, "Revisiting Distributed Synchronous SGD" (backup workers);
+Zhang et al. 2015, "Staleness-aware Async-SGD"; Zheng et al. 2017, "Asynchronous Stochastic
+Gradient Descent with Delay Compensation"; Zhang, Choromanska, LeCun 2015, "Deep learning with
+Elastic Averaging SGD".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from wagontrain.errors import UsageError
+from wagontrain.mesh import World
+from wagontrain.servers.client import Client
+from wagontrain.servers.contract import Crewed
+from wagontrain.servers.coordinator import Coordinator
+from wagontrain.servers.descent import Course, Descent, Gate, Reached
+from wagontrain.servers.elastic import ElasticWorker
+from wagontrain.servers.fleet import Fleet
+from wagontrain.servers.image import Image
+from wagontrain.servers.rates import Rates, corrected
+from wagontrain.servers.record import Record
+from wagontrain.servers.site import Site
+from wagontrain.servers.work import Habits, Worker
+from wagontrain.strategy import Runner
+from wagontrain.task import Task
+from wagontrain.transport import Context
+
+Rule = Literal[
+    "optimizer", "sgd", "momentum", "adam", "adagrad", "staleness-aware", "dc-asgd", "easgd"
+]
+
+
+@dataclass(frozen=True)
+class ParameterServer(Crewed):
+    """Settings of the parameter server.
+
+    Args:
+        servers: server shards, over which parameters are divided.
+        rule: how servers apply a gradient; "optimizer" is the task's own.
+        consistency: "asynchronous", "ssp:S" with a bound S, or "synchronous".
+        backup: of the workers, how many a synchronous step does not wait for.
+        n_push: batches whose gradients travel together.
+        n_fetch: batches between two fetches of the parameters.
+        overlap: whether the next parameters are fetched while a gradient is computed: faster on
+            slow links, and one update staler.
+        rate: learning rate at the servers, instead of the task's.
+        momentum: "corrected" lowers the task's by what asynchrony adds by itself, "task" leaves it.
+        compensation: of rule "dc-asgd": its lambda.
+        elasticity: of rule "easgd": its beta; a worker goes beta / N of the way to the servers.
+        warm_start: updates that one worker makes alone before the others begin.
+        replicas: copies of every shard's state on another shard: 0 or 1.
+    """
+
+    servers: int = 1
+    rule: Rule = "optimizer"
+    consistency: str = "asynchronous"
+    backup: int = 0
+    n_push: int = 1
+    n_fetch: int = 1
+    overlap: bool = False
+    rate: float | None = None
+    momentum: Literal["corrected", "task"] = "corrected"
+    compensation: float = 0.04
+    elasticity: float = 0.9
+    warm_start: int = 0
+    replicas: int = 0
+
+    name: ClassVar[str] = "parameter-server"
+    summary: ClassVar[str] = "parameters on servers, workers come and go (Downpour, SSP, backups)"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"asynchronous|synchronous|ssp:\d+", self.consistency):
+            raise UsageError(
+                f"consistency is {self.consistency!r}: give asynchronous, synchronous, or ssp:S "
+                "with a bound such as ssp:2"
+            )
+        for name, least in (("servers", 1), ("backup", 0), ("n_push", 1), ("n_fetch", 1)):
+            if getattr(self, name) < least:
+                raise UsageError(f"{name} is {getattr(self, name)}: give {least} or more")
+        if self.replicas not in (0, 1) or (self.replicas and self.servers < 2):
+            raise UsageError(
+                f"replicas is {self.replicas} with {self.servers} servers: give 0, or 1 with at "
+                "least 2 servers, for a copy is kept on another one"
+            )
+        if self.together and max(self.n_push, self.n_fetch) > 1:
+            raise UsageError(
+                "n_push and n_fetch above 1 are for asynchronous workers: leave them at 1 with "
+                "synchronous steps"
+            )
+
+    @property
+    def together(self) -> bool:
+        """Whether workers make every step together."""
+        return self.consistency == "synchronous" or self.backup > 0
+
+    @property
+    def exact(self) -> bool:
+        """Only in synchronous steps that wait for everybody, with the task's own optimizer."""
+        return self.together and self.backup == 0 and self.rule == "optimizer"
+
+    @property
+    def shards(self) -> int:
+        """How many server processes it needs."""
+        return self.servers
+
+    def check(self, task: Task, world: World) -> None:
+        """Refuse what cannot be done without all ranks at once.
+
+        Raises:
+            UsageError: more workers than samples in a synchronous batch, more backups than
+                workers, or batch norm in exact steps.
+        """
+        if self.together and world.size > task.batch_size:
+            raise UsageError(
+                f"{world.size} workers cannot share a batch of {task.batch_size}: use at most "
+                f"{task.batch_size} workers or a larger batch_size"
+            )
+        if self.backup and self.backup >= world.size:
+            raise UsageError(
+                f"{self.backup} of {world.size} workers as backups leave none to wait for: give "
+                "fewer"
+            )
+
+    def setup(self, task: Task, context: Context) -> Runner:
+        """Refused: its workers are no group of ranks.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "the workers of parameter-server are no group of ranks: start it with `wagontrain "
+            "run` or wt.fit"
+        )
+
+    # --- who takes part -------------------------------------------------------------------------
+
+    def coordinator(self, task: Task, site: Site) -> tuple[Coordinator, Record]:
+        """Who decides, and who keeps what happens."""
+        image = Image(task, self.servers, self.rule)
+        if self.exact:
+            _refuse_batch_norm(image.model)
+        first_step, reached = site.first_step, None
+        if site.source is not None:
+            image.restore(site.source)
+            first_step = int(site.source.plain["steps"])
+            if "reached" in site.source.plain:
+                position, gaps = site.source.plain["reached"]
+                reached = Reached(position, tuple((start, stop) for start, stop in gaps))
+        rates = Rates(image.optimizer, image.scheduler, self._change(site.workers))
+        decisions = Descent(self._course(task, site, first_step), self._gate(), reached)
+        files = None if self.replicas else site.folder.path.absolute() / "servers"
+        jobs = image.jobs(rates.now(), {"strength": self.compensation}, files)
+        clip = task.clip_grad_norm if self.together else None
+        record = Record(task, self, image, site, decisions)
+        coordinator = Coordinator(
+            site.listener,
+            lambda send: Fleet(jobs, image.part, send, first_step, clip, bool(self.replicas)),
+            decisions,
+            rates,
+            record,
+            site.terms,
+        )
+        record.lost = lambda: sum(shard.lost for shard in coordinator.fleet.shards)
+        return coordinator, record
+
+    def worker(self, task: Task, client: Client, device: torch.device) -> Worker:
+        """One worker."""
+        elastic = self.elasticity / client.welcome.workers
+        habits = Habits(
+            self.n_push, self.n_fetch, self.overlap, self.together, task.clip_grad_norm, elastic
+        )
+        kind = ElasticWorker if self.rule == "easgd" else Worker
+        return kind(task, client, habits, device)
+
+    def _gate(self) -> Gate:
+        if self.together:
+            return Gate("synchronous", backups=self.backup)
+        if self.consistency.startswith("ssp:"):
+            return Gate("stale-synchronous", int(self.consistency[4:]), 0, self.warm_start)
+        return Gate("asynchronous", warm_start=self.warm_start)
+
+    def _course(self, task: Task, site: Site, first_step: int) -> Course:
+        validation = 0 if task.validation is None else len(task.validation)  # type: ignore[arg-type]
+        return Course(
+            task.samples, task.batch_size, task.epochs, site.steps, validation,
+            min(task.batch_size, max(1, validation)), first_step,
+        )  # fmt: skip
+
+    def _change(self, workers: int) -> Any:
+        def change(group: dict[str, Any]) -> dict[str, Any]:
+            changed = dict(group)
+            if self.rate is not None:
+                changed["lr"] = self.rate * group["lr"] / group.get("initial_lr", group["lr"])
+            momentum = group.get("momentum", 0.0)
+            if momentum and self.momentum == "corrected" and not self.together:
+                changed["momentum"] = corrected(momentum, workers)
+            return changed
+
+        return change
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"{name!r} is batch norm, which looks at the whole batch, and workers of a "
+                "parameter server do not see each other's samples: use data-parallel for exact "
+                "training, or consistency=asynchronous"
+            )
