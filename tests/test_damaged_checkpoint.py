@@ -1,4 +1,4 @@
-"""Checkpoints that somebody tampered with, checksums and all: one clear line, and nothing changes."""
+"""Checkpoints tampered with, checksums and all: one clear line, and nothing changes."""
 
 from __future__ import annotations
 
@@ -129,6 +129,14 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "no files": (
         lambda saved: described(saved, lambda state: state.pop("files")), "no 'files'",
     ),
+    "a shape as text": (
+        lambda saved: described(saved, lambda state: state["shapes"].update({WEIGHT: "2"})),
+        "'model.0.weight' of shape '2'",
+    ),
+    "another shape": (
+        lambda saved: described(saved, lambda state: state["shapes"].update({WEIGHT: [2**40]})),
+        "of tensor 'model.0.weight' not every piece is there",
+    ),
     "steps as text": (
         lambda saved: described(saved, lambda state: state.update(steps="2")), "no 'steps'",
     ),
@@ -157,7 +165,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "a rank left out": (lambda saved: without(saved, SECOND), "not every piece is there"),
     "all ranks left out": (
         lambda saved: [without(saved, name) for name in (FIRST, SECOND)] and None,
-        "the checkpoint is of another model: it has no '0.weight'",
+        "not every piece is there",
     ),
     "one rank twice": (
         lambda saved: put(saved, SECOND, (saved / FIRST).read_bytes()), "not every piece is there",

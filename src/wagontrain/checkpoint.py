@@ -101,7 +101,8 @@ class Checkpoint:
         """
         from wagontrain import pieces
 
-        return pieces.Reader(self.path, self.description["files"])
+        description = self.description
+        return pieces.Reader(self.path, description["files"], description["shapes"])
 
     def _damaged(self, why: str) -> UsageError:
         return UsageError(f"checkpoint {str(self.path)!r} is damaged: {why}; take an earlier one")
@@ -113,7 +114,7 @@ _LARGEST = 2**28
 
 def _misfit(content: Mapping[str, Any]) -> str:
     """What of a description is not as it is written; empty where all is."""
-    kinds = {"steps": int, "files": dict, "data": dict, "optimizer": dict}
+    kinds = {"steps": int, "files": dict, "shapes": dict, "data": dict, "optimizer": dict}
     for name, kind in kinds.items():
         if type(content.get(name)) is not kind:
             return f"no {name!r}"
@@ -121,6 +122,9 @@ def _misfit(content: Mapping[str, Any]) -> str:
         # Nothing but what ranks write, and nothing outside of the folder.
         if not re.fullmatch(r"rank\d+-\d+\.safetensors", str(name)):
             return f"no rank writes a file {name!r}"
+    for name, shape in content["shapes"].items():
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            return f"{name!r} of shape {shape!r}"
     optimizer = content["optimizer"]
     groups, state = optimizer.get("groups"), optimizer.get("state")
     if not isinstance(groups, list) or not all(isinstance(each, dict) for each in groups):
@@ -176,15 +180,17 @@ def save(
     shared = _is_shared(context, part)
     described = shared_plain(context, held)
     files = _write_own(held, part, context.world.rank) if shared or first else {}
-    if shared:
-        for text in context.gather_bytes(json.dumps(files).encode()):
-            files |= json.loads(text)
-    else:
+    if not shared:
         files |= _write_for_others(context, held, part)
+    shapes = {name: layout.shape for name, layout in held.layouts.items()}
+    for text in context.gather_bytes(json.dumps([files, shapes]).encode()):
+        others, theirs = json.loads(text)
+        files |= others
+        shapes |= theirs
     if first:
         content = {
-            "format": _FORMAT, "steps": steps, "files": files, **notes, **described,
-            "wagontrain": __version__, "torch": torch.__version__,
+            "format": _FORMAT, "steps": steps, "files": files, "shapes": shapes,
+            **notes, **described, "wagontrain": __version__, "torch": torch.__version__,
         }  # fmt: skip
         with (part / _NAME).open("w") as file:
             file.write(plain.encode(content))
@@ -312,6 +318,24 @@ class Restored(Source):
             if name in wanted:
                 parts[name] = wanted[name].take(whole).cpu()
         return parts
+
+
+def restored(context: Context, place: Path) -> Restored:
+    """The latest checkpoint in a place that rank 0 sees; every rank has to call this.
+
+    Raises:
+        UsageError: there is none, or it is damaged; on all ranks.
+    """
+    found, complaint = "", ""
+    if context.world.rank == 0:
+        try:
+            found = str(latest(place).path.resolve())
+        except UsageError as error:
+            complaint = str(error)
+    complaint = context.gather_text(complaint)[0]
+    if complaint:
+        raise UsageError(complaint)
+    return Restored(context, Checkpoint(Path(context.gather_text(found)[0])))
 
 
 def export(checkpoint: Checkpoint, file: Path) -> None:

@@ -63,10 +63,16 @@ class Layout:
             start += len(part)
 
     def of_state(self, state: Tensor) -> Layout:
-        """The layout of optimizer state that belongs to a parameter of this layout."""
+        """The layout of optimizer state that belongs to a parameter of this layout.
+
+        For what is no part of anything, such as a count of steps, the rank with the beginning of
+        the parameter speaks.
+        """
         if tuple(state.shape) == self.local_shape:
             return self
-        return replace(self, shape=tuple(state.shape), dim=None, ranges=())
+        first = self.dim is None or any(part and part.start == 0 for part in self.ranges)
+        owner = self.owner and first
+        return replace(self, shape=tuple(state.shape), dim=None, ranges=(), owner=owner)
 
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]

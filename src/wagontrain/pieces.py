@@ -195,12 +195,15 @@ class Reader:
     Args:
         folder: the checkpoint's.
         files: names of its files.
+        shapes: of the whole tensors that are to be in them.
 
     Raises:
         UsageError: one is no file of tensors, or a tensor has not all its pieces.
     """
 
-    def __init__(self, folder: Path, files: Collection[str]) -> None:
+    def __init__(
+        self, folder: Path, files: Collection[str], shapes: Mapping[str, Sequence[int]]
+    ) -> None:
         self._folder = folder
         self._tensors: dict[str, _Whole] = {}
         for file in files:
@@ -209,8 +212,10 @@ class Reader:
             # What safetensors and the metadata's JSON raise for bytes that are no such file.
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 raise self._damaged(f"{file} is no file of tensors ({error})") from error
-        for name, tensor in self._tensors.items():
-            if not tensor.is_covered():
+        for name in self._tensors.keys() | {name for name in shapes if 0 not in shapes[name]}:
+            tensor = self._tensors.get(name)
+            told = shapes.get(name)
+            if tensor is None or list(tensor.shape) != told or not tensor.is_covered():
                 raise self._damaged(f"of tensor {name!r} not every piece is there, or twice")
 
     @property

@@ -300,18 +300,7 @@ class Run:
         Raises:
             UsageError: there is none, it is damaged, of another model or of other data.
         """
-        first = self.context.world.rank == 0
-        found, complaint = "", ""
-        if first:
-            try:
-                found = str(checkpoint.latest(place).path.resolve())
-            except UsageError as error:
-                complaint = str(error)
-        complaint = self.context.gather_text(complaint)[0]
-        if complaint:
-            raise UsageError(complaint)
-        path = self.context.gather_text(found)[0]
-        source = checkpoint.Restored(self.context, checkpoint.Checkpoint(Path(path)))
+        source = checkpoint.restored(self.context, place)
         data = source.plain["data"]
         for name, value in self._data_identity().items():
             if data.get(name) != value:

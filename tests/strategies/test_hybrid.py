@@ -214,7 +214,11 @@ def adafactor(parameters: Any) -> Any:
     [
         ({}, {"3.wieght": "column"}, "names no layer of the model: '3.wieght'; known: 0, 3, 5, 7"),
         ({}, {"0": "row"}, "layer '0' (Conv2d) cannot be split by row: it can be column"),
-        ({}, {"": "column"}, "layer '' (Sequential) cannot be split by column: it can be only left"),
+        (
+            {},
+            {"": "column"},
+            "layer '' (Sequential) cannot be split by column: it can be only left",
+        ),
         ({}, {"3": "heads"}, "layer '3' (Linear) cannot be split by heads: it can be column, row"),
         ({"model": Attending}, {"attention": "heads"}, "cannot be split by heads: it can be only"),
         ({"model": Attending}, {"attention.out_proj": "row"}, "cannot be split by row: it can be"),

@@ -88,13 +88,14 @@ def check_placement(
 def _sharer(model: nn.Module, name: str) -> str:
     """Another layer that has one of a layer's weights."""
     own = {id(value) for _, value in own_parameters(model.get_submodule(name))}
-    return next(
+    others: Iterator[str] = (
         other
         for other, layer in model.named_modules(remove_duplicate=False)
         if other != name
         and any(id(value) in own for value in layer.parameters(recurse=False))
         and not other.startswith(full_name(name, ""))
     )
+    return next(others)
 
 
 def not_split_because(name: str, model: nn.Module, observed: Observed) -> str:
