@@ -23,6 +23,7 @@ from wagontrain.transport import Context
 
 SIZE = 4
 SECONDS = 60
+STARTING = 240  # importing torch in four processes, on a machine that others use
 
 
 class GangError(AssertionError):
@@ -85,6 +86,11 @@ class Gang:
             there.close()
             self._processes.append(process)
             self._pipes.append(here)
+        for pipe in self._pipes:
+            if not pipe.poll(STARTING):
+                self.stop()
+                raise GangError(f"no process was ready within {STARTING} s")
+            pipe.recv()
 
 
 def _serve(pipe: Connection, port: int) -> None:
@@ -92,6 +98,7 @@ def _serve(pipe: Connection, port: int) -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=SECONDS))
+    pipe.send("ready")
     while True:
         try:
             job, rank, size, function, arguments = pipe.recv()

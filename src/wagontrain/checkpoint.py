@@ -15,12 +15,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,10 +29,13 @@ from torch import Tensor
 from wagontrain import plain
 from wagontrain.errors import UsageError
 from wagontrain.folder import checksum, flush_to_disk
-from wagontrain.layout import Layout, Piece, as_bytes
+from wagontrain.layout import SAFETENSORS, Layout, Piece, as_bytes
 from wagontrain.state import Held, Source, announced, shared_plain
 from wagontrain.transport import Context
 from wagontrain.version import __version__
+
+if TYPE_CHECKING:
+    from wagontrain.pieces import Reader
 
 _FORMAT = 1
 _NAME = "state.json"
@@ -52,22 +56,23 @@ class Checkpoint:
         """
         file = self.path / _NAME
         try:
+            if file.stat().st_size > _LARGEST:
+                raise self._damaged(f"{_NAME} has {file.stat().st_size} bytes")
             result: dict[str, Any] = plain.decode(file.read_text())
         except OSError as error:
             raise UsageError(
                 f"{str(self.path)!r} is no checkpoint ({error.strerror}: {_NAME}): give a run "
                 "directory, or a folder such as RUN_DIR/checkpoints/step-120"
             ) from error
-        except (ValueError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"checkpoint {str(self.path)!r} is damaged: {_NAME} is not what was written "
-                f"({error}); take an earlier one"
-            ) from error
+        except ValueError as error:
+            raise self._damaged(f"{_NAME} is not what was written ({error})") from error
         if not isinstance(result, dict) or result.get("format") != _FORMAT:
             raise UsageError(
                 f"checkpoint {str(self.path)!r} is of a form that this version "
                 f"({__version__}) does not know: take the one that wrote it"
             )
+        if misfit := _misfit(result):
+            raise self._damaged(f"{_NAME} is not what was written ({misfit})")
         return result
 
     @property
@@ -79,27 +84,58 @@ class Checkpoint:
         """Compare every file with what was written.
 
         Raises:
-            UsageError: one is missing, cut short or changed.
+            UsageError: one is missing, cut short, changed, or was put there by somebody else.
         """
-        for name, expected in self.description["files"].items():
+        files = self.description["files"]
+        for name, expected in files.items():
             file = self.path / name
             if not file.is_file() or checksum(file) != expected:
                 what = "was changed or cut short" if file.is_file() else "is missing"
-                raise UsageError(
-                    f"checkpoint {str(self.path)!r} is damaged: {name} {what}; take an earlier one"
-                )
+                raise self._damaged(f"{name} {what}")
 
-    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every whole tensor."""
+    def reader(self) -> Reader:
+        """What reads its tensors.
+
+        Raises:
+            UsageError: they are damaged.
+        """
         from wagontrain import pieces
 
-        return pieces.described(self.path)
+        description = self.description
+        return pieces.Reader(self.path, description["files"], description["shapes"])
 
-    def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
-        """The wanted parts, each read from where its pieces lie."""
-        from wagontrain import pieces
+    def _damaged(self, why: str) -> UsageError:
+        return UsageError(f"checkpoint {str(self.path)!r} is damaged: {why}; take an earlier one")
 
-        return pieces.read(self.path, wanted)
+
+_LARGEST = 2**28
+"""Bytes of state.json that are read at all: it holds a few numbers for each parameter."""
+
+
+def _misfit(content: Mapping[str, Any]) -> str:
+    """What of a description is not as it is written; empty where all is."""
+    kinds = {"steps": int, "files": dict, "shapes": dict, "data": dict, "optimizer": dict}
+    for name, kind in kinds.items():
+        if type(content.get(name)) is not kind:
+            return f"no {name!r}"
+    for name in content["files"]:
+        # Nothing but what ranks write, and nothing outside of the folder.
+        if not re.fullmatch(r"rank\d+-\d+\.safetensors", str(name)):
+            return f"no rank writes a file {name!r}"
+    for name, shape in content["shapes"].items():
+        if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+            return f"{name!r} of shape {shape!r}"
+    optimizer = content["optimizer"]
+    groups, state = optimizer.get("groups"), optimizer.get("state")
+    if not isinstance(groups, list) or not all(isinstance(each, dict) for each in groups):
+        return "no groups of parameters"
+    if not isinstance(state, dict) or not all(isinstance(each, dict) for each in state.values()):
+        return "no state of the optimizer"
+    if not isinstance(content.get("kinds", {}), dict):
+        return "no kinds"
+    if "scheduler" not in content or not isinstance(content["scheduler"], dict | None):
+        return "no scheduler"
+    return ""
 
 
 def latest(folder: Path) -> Checkpoint:
@@ -144,15 +180,17 @@ def save(
     shared = _is_shared(context, part)
     described = shared_plain(context, held)
     files = _write_own(held, part, context.world.rank) if shared or first else {}
-    if shared:
-        for text in context.gather_bytes(json.dumps(files).encode()):
-            files |= json.loads(text)
-    else:
+    if not shared:
         files |= _write_for_others(context, held, part)
+    shapes = {name: layout.shape for name, layout in held.layouts.items()}
+    for text in context.gather_bytes(json.dumps([files, shapes]).encode()):
+        others, theirs = json.loads(text)
+        files |= others
+        shapes |= theirs
     if first:
         content = {
-            "format": _FORMAT, "steps": steps, "files": files, **notes, **described,
-            "wagontrain": __version__, "torch": torch.__version__,
+            "format": _FORMAT, "steps": steps, "files": files, "shapes": shapes,
+            **notes, **described, "wagontrain": __version__, "torch": torch.__version__,
         }  # fmt: skip
         with (part / _NAME).open("w") as file:
             file.write(plain.encode(content))
@@ -243,13 +281,13 @@ class Restored(Source):
         self._shared = all(row[0] for row in context.gather([float(here)]))
         complaint = ""
         content: dict[str, Any] = {}
+        tensors: Mapping[str, Any] = {}
         if first:
             try:
                 checkpoint.check()
-                content = checkpoint.description
+                content, tensors = checkpoint.description, checkpoint.reader().tensors
             except UsageError as error:
                 complaint = str(error)
-        tensors = checkpoint.tensors() if first and not complaint else {}
         shapes = {name: shape for name, (shape, _) in tensors.items()}
         told = json.dumps([complaint, plain.encode(content), shapes]).encode()
         complaint, text, found = json.loads(context.gather_bytes(told if first else b"")[0])
@@ -263,13 +301,14 @@ class Restored(Source):
 
     def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
         if self._shared:
-            return self._checkpoint.read(wanted)
+            return self._checkpoint.reader().read(wanted)
         parts: dict[str, Tensor] = {}
+        reader = self._checkpoint.reader() if self._context.world.rank == 0 else None
         device = self._context.world.device
         for name, shape in self._shapes.items():
             whole = None
-            if self._context.world.rank == 0:
-                whole = self._checkpoint.read({name: Layout(shape)})[name].to(device)
+            if reader is not None:
+                whole = reader.read({name: Layout(shape)})[name].to(device)
             kind = str(whole.dtype).removeprefix("torch.") if whole is not None else ""
             kind = self._context.gather_text(kind)[0]
             if whole is None:
@@ -279,6 +318,24 @@ class Restored(Source):
             if name in wanted:
                 parts[name] = wanted[name].take(whole).cpu()
         return parts
+
+
+def restored(context: Context, place: Path) -> Restored:
+    """The latest checkpoint in a place that rank 0 sees; every rank has to call this.
+
+    Raises:
+        UsageError: there is none, or it is damaged; on all ranks.
+    """
+    found, complaint = "", ""
+    if context.world.rank == 0:
+        try:
+            found = str(latest(place).path.resolve())
+        except UsageError as error:
+            complaint = str(error)
+    complaint = context.gather_text(complaint)[0]
+    if complaint:
+        raise UsageError(complaint)
+    return Restored(context, Checkpoint(Path(context.gather_text(found)[0])))
 
 
 def export(checkpoint: Checkpoint, file: Path) -> None:
@@ -293,11 +350,12 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
     checkpoint.check()
     header: dict[str, Any] = {}
     end = 0
-    tensors = {name: each for name, each in checkpoint.tensors().items() if _is_model(name)}
+    reader, names = checkpoint.reader(), {kind: name for name, kind in SAFETENSORS.items()}
+    tensors = {name: each for name, each in reader.tensors.items() if _is_model(name)}
     for name, (shape, kind) in tensors.items():
         start, end = end, end + math.prod(shape) * kind.itemsize
         header[name.removeprefix(_MODEL)] = {
-            "dtype": _SAFETENSORS[kind], "shape": shape, "data_offsets": [start, end],
+            "dtype": names[kind], "shape": shape, "data_offsets": [start, end],
         }  # fmt: skip
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
@@ -306,7 +364,7 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
         with part.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name, (shape, _) in tensors.items():
-                tensor = checkpoint.read({name: Layout(shape)})[name]
+                tensor = reader.read({name: Layout(shape)})[name]
                 out.write(as_bytes(tensor).numpy().data)
         flush_to_disk(part)
         part.replace(file)
@@ -315,11 +373,6 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
 
 
 _MODEL = "model."
-_SAFETENSORS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64",
-}  # fmt: skip
 
 
 def _is_model(name: str) -> bool:

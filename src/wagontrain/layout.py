@@ -63,14 +63,30 @@ class Layout:
             start += len(part)
 
     def of_state(self, state: Tensor) -> Layout:
-        """The layout of optimizer state that belongs to a parameter of this layout."""
+        """The layout of optimizer state that belongs to a parameter of this layout.
+
+        For what is no part of anything, such as a count of steps, the rank with the beginning of
+        the parameter speaks.
+        """
         if tuple(state.shape) == self.local_shape:
             return self
-        return replace(self, shape=tuple(state.shape), dim=None, ranges=())
+        first = self.dim is None or any(part and part.start == 0 for part in self.ranges)
+        owner = self.owner and first
+        return replace(self, shape=tuple(state.shape), dim=None, ranges=(), owner=owner)
 
 
 Piece = tuple[str, tuple[int, ...], tuple[int, ...], Tensor]
 """Name, shape of the whole tensor, where the piece begins in it, and the piece."""
+
+
+SAFETENSORS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
+"""Types of tensors by the names that they have in a safetensors file."""
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -8,17 +8,19 @@ module is imported only where something is saved or restored.
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -27,11 +29,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from wagontrain.errors import TrainingError
+from wagontrain.errors import TrainingError, UsageError
 from wagontrain.folder import checksum, flush_to_disk
-from wagontrain.layout import Layout, Piece
+from wagontrain.layout import SAFETENSORS, Layout, Piece
 from wagontrain.task import origin
 
 # Writing a file takes three times its size in memory.
@@ -138,40 +139,150 @@ def _write_file(content: Mapping[str, Pieces], file: Path) -> None:
     flush_to_disk(file)
 
 
-def read(folder: Path, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
-    """The wanted parts of tensors, each read from where its pieces lie."""
-    reader = HuggingFaceStorageReader(str(folder))
-    metadata = reader.read_metadata()
-    parts: dict[str, Tensor] = {}
-    with contextlib.ExitStack() as stack:
-        files: dict[str, Any] = {}
-        for name, layout in wanted.items():
-            entry: Any = metadata.state_dict_metadata[name]
-            part = parts[name] = torch.empty(layout.local_shape, dtype=entry.properties.dtype)
-            pieces = Pieces(layout.shape, list(layout.pieces(part)))
-            for item in create_read_items_for_chunk_list(name, entry, pieces.chunks()):
-                stored: Any = metadata.storage_data[item.storage_index]
-                file = str(stored.relative_path)
-                if file not in files:
-                    files[file] = stack.enter_context(safe_open(file, framework="pt"))
-                content = files[file].get_slice(name)
-                target = pieces.at(item.dest_index)
-                target[_box(item.dest_offsets, item.lengths)] = (
-                    content[_box(item.storage_offsets, item.lengths)]
-                    if item.lengths
-                    else files[file].get_tensor(name)
-                )
-    return parts
+@dataclass(frozen=True)
+class _Stored:
+    """A piece in a file: where it begins in the whole tensor, and its shape."""
+
+    file: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
 
 
-def _box(offsets: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(at, at + n) for at, n in zip(offsets, lengths, strict=True))
+@dataclass
+class _Whole:
+    """A tensor that is stored in pieces."""
+
+    dtype: torch.dtype
+    pieces: list[_Stored] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As far as the pieces reach."""
+        ends = [
+            [at + n for at, n in zip(piece.offset, piece.shape, strict=True)]
+            for piece in self.pieces
+        ]
+        return tuple(map(max, zip(*ends, strict=True)))
+
+    def is_covered(self) -> bool:
+        """Whether the pieces lie side by side along one dim, without gap, and make up the whole.
+
+        Whoever asks for the memory of the whole can then rely on its being no more than is stored.
+        """
+        shape = self.shape
+        dims = {
+            dim
+            for piece in self.pieces
+            for dim in range(len(shape))
+            if piece.shape[dim] != shape[dim]
+        }
+        if not dims:
+            return len(self.pieces) == 1
+        (dim, *others) = dims
+        at = 0
+        for piece in sorted(self.pieces, key=lambda piece: piece.offset[dim]):
+            if piece.offset[dim] != at or any(piece.offset[:dim] + piece.offset[dim + 1 :]):
+                return False
+            at += piece.shape[dim]
+        return not others
 
 
-def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every whole tensor in the files of a folder."""
-    metadata: Any = HuggingFaceStorageReader(str(folder)).read_metadata()
-    return {
-        name: (tuple(entry.size), entry.properties.dtype)
-        for name, entry in metadata.state_dict_metadata.items()
-    }
+class Reader:
+    """Reads parts of tensors from the files of a checkpoint, each from where its pieces lie.
+
+    Files are not believed: what their headers say is checked before memory is asked for.
+
+    Args:
+        folder: the checkpoint's.
+        files: names of its files.
+        shapes: of the whole tensors that are to be in them.
+
+    Raises:
+        UsageError: one is no file of tensors, or a tensor has not all its pieces.
+    """
+
+    def __init__(
+        self, folder: Path, files: Collection[str], shapes: Mapping[str, Sequence[int]]
+    ) -> None:
+        self._folder = folder
+        self._tensors: dict[str, _Whole] = {}
+        for file in files:
+            try:
+                self._look_into(file)
+            # What safetensors and the metadata's JSON raise for bytes that are no such file.
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                raise self._damaged(f"{file} is no file of tensors ({error})") from error
+        for name in self._tensors.keys() | {name for name in shapes if 0 not in shapes[name]}:
+            tensor = self._tensors.get(name)
+            told = shapes.get(name)
+            if tensor is None or list(tensor.shape) != told or not tensor.is_covered():
+                raise self._damaged(f"of tensor {name!r} not every piece is there, or twice")
+
+    @property
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every whole tensor."""
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+
+    def read(self, wanted: Mapping[str, Layout]) -> dict[str, Tensor]:
+        """The wanted parts of tensors.
+
+        Raises:
+            UsageError: one of them is not of that shape.
+        """
+        parts: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            files: dict[str, Any] = {}
+            for name, layout in wanted.items():
+                tensor = self._tensors[name]
+                if tensor.shape != layout.shape:
+                    raise self._damaged(f"tensor {name!r} is of shape {list(tensor.shape)}")
+                part = parts[name] = torch.empty(layout.local_shape, dtype=tensor.dtype)
+                for offset, block in layout.pieces(part):
+                    for piece in tensor.pieces:
+                        there, here = _common(piece, offset, tuple(block.shape))
+                        if not all(part.stop > part.start for part in there):
+                            continue
+                        if piece.file not in files:
+                            opened = safe_open(self._folder / piece.file, framework="pt")
+                            files[piece.file] = stack.enter_context(opened)
+                        if there:
+                            block[here] = files[piece.file].get_slice(name)[there]
+                        else:  # a single number, which cannot be cut
+                            block.copy_(files[piece.file].get_tensor(name))
+        return parts
+
+    def _look_into(self, file: str) -> None:
+        with safe_open(self._folder / file, framework="pt") as content:
+            places = json.loads((content.metadata() or {})[_PLACES])
+            for name in content.keys():  # noqa: SIM118  not a dict
+                piece = content.get_slice(name)
+                shape = tuple(piece.get_shape())
+                offset = tuple(places[name]["saved_offsets"])
+                if len(offset) != len(shape) or not all(type(n) is int and n >= 0 for n in offset):
+                    raise ValueError(f"{name!r} begins at {offset}")
+                dtype = SAFETENSORS[piece.get_dtype()]
+                tensor = self._tensors.setdefault(name, _Whole(dtype))
+                first = tensor.pieces[0].shape if tensor.pieces else shape
+                if tensor.dtype is not dtype or len(first) != len(shape):
+                    raise ValueError(f"{name!r} is of another type, or of other dims, elsewhere")
+                tensor.pieces.append(_Stored(file, offset, shape))
+
+    def _damaged(self, why: str) -> UsageError:
+        return UsageError(
+            f"checkpoint {str(self._folder)!r} is damaged: {why}; take an earlier one"
+        )
+
+
+def _common(
+    piece: _Stored, offset: Sequence[int], size: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """What a stored piece and a block of the whole have in common, as slices of either."""
+    there, here = [], []
+    for begins, length, at, n in zip(piece.offset, piece.shape, offset, size, strict=True):
+        start, stop = max(begins, at), min(begins + length, at + n)
+        there.append(slice(start - begins, stop - begins))
+        here.append(slice(start - at, stop - at))
+    return tuple(there), tuple(here)
+
+
+_PLACES = "DCP_SHARDING_INFO"

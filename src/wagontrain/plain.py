@@ -30,9 +30,12 @@ def decode(text: str) -> Any:
     """What `encode` was given; a tensor has become a number or a list.
 
     Raises:
-        ValueError: the text is not JSON.
+        ValueError: the text is not what `encode` writes.
     """
-    return _in(json.loads(text))
+    try:
+        return _in(json.loads(text))
+    except (KeyError, TypeError, RecursionError) as error:  # JSON, of another form or bottomless
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _out(value: Any) -> Any:

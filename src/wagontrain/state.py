@@ -104,6 +104,7 @@ class Training:
             for group in self.optimizer.param_groups
         ]
         held.plain["optimizer"] = {"groups": groups, "state": plain_state}
+        held.plain["kinds"] = self._kinds()
         held.plain["scheduler"] = None if self.scheduler is None else self.scheduler.state_dict()
         return held
 
@@ -139,9 +140,20 @@ class Training:
                     local(value).copy_(parts[f"model.{name}"])
             for name in more:
                 self.more.tensors[name].copy_(parts[name])
-        self._restore_optimizer(source, kept, parts)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(source.plain["scheduler"])
+        try:
+            self._restore_optimizer(source, kept, parts)
+            if self.scheduler is not None:
+                self.scheduler.load_state_dict(source.plain["scheduler"])
+        # What torch's and other people's optimizers raise for state that is not theirs.
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"the checkpoint's state of the optimizer or scheduler is not one of this task's: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _kinds(self) -> dict[str, str | None]:
+        scheduler = None if self.scheduler is None else type(self.scheduler).__name__
+        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
 
     def _names(self) -> dict[Tensor, str]:
         return {value: name for name, value in self.model.named_parameters()}
@@ -194,6 +206,10 @@ class Training:
         if (source.plain["scheduler"] is None) != (self.scheduler is None):
             has, wants = ("no", "one") if self.scheduler is not None else ("a", "none")
             raise UsageError(f"the checkpoint has {has} scheduler, but the task has {wants}")
+        for what, own in self._kinds().items():
+            there = source.plain.get("kinds", {}).get(what, own)
+            if there != own:
+                raise UsageError(f"the checkpoint is of another {what}: {there} there, {own} here")
 
 
 def _device_of_state(parameter: Tensor, key: str) -> torch.device:

@@ -300,23 +300,13 @@ class Run:
         Raises:
             UsageError: there is none, it is damaged, of another model or of other data.
         """
-        first = self.context.world.rank == 0
-        found, complaint = "", ""
-        if first:
-            try:
-                found = str(checkpoint.latest(place).path.resolve())
-            except UsageError as error:
-                complaint = str(error)
-        complaint = self.context.gather_text(complaint)[0]
-        if complaint:
-            raise UsageError(complaint)
-        path = self.context.gather_text(found)[0]
-        source = checkpoint.Restored(self.context, checkpoint.Checkpoint(Path(path)))
+        source = checkpoint.restored(self.context, place)
+        data = source.plain["data"]
         for name, value in self._data_identity().items():
-            saved = source.plain["data"][name]
-            if saved != value:
+            if data.get(name) != value:
+                saved = f"{name} {data[name]}" if name in data else f"no {name!r}"
                 raise UsageError(
-                    f"the checkpoint was written with {name} {saved}, here it is {value}: samples "
+                    f"the checkpoint was written with {saved}, here it is {value}: samples "
                     "would be seen twice or never; resume with the same"
                 )
         self.runner.restore(source)

@@ -168,12 +168,24 @@ def test_a_variable_batch_updates_split_layers_after_every_micro_batch(gang: Gan
             torch.testing.assert_close(trace.parameters[name], value.detach())
 
 
-def refused(context: Context, task: wt.Task, settings: dict[str, Any]) -> str:
+def refused(
+    context: Context, task: wt.Task, settings: dict[str, Any], strategy: str = "hybrid"
+) -> str:
     try:
-        wt.Run(task, wt.make_strategy("hybrid", settings), context).close()
+        wt.Run(task, wt.make_strategy(strategy, settings), context).close()
     except wt.UsageError as error:
         return str(error)
     return "taken"
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 4, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(2)
+        return self.head(self.attention(rows, rows, rows)[0].mean(1))
 
 
 class Functional(nn.Module):
@@ -202,6 +214,14 @@ def adafactor(parameters: Any) -> Any:
     [
         ({}, {"3.wieght": "column"}, "names no layer of the model: '3.wieght'; known: 0, 3, 5, 7"),
         ({}, {"0": "row"}, "layer '0' (Conv2d) cannot be split by row: it can be column"),
+        (
+            {},
+            {"": "column"},
+            "layer '' (Sequential) cannot be split by column: it can be only left",
+        ),
+        ({}, {"3": "heads"}, "layer '3' (Linear) cannot be split by heads: it can be column, row"),
+        ({"model": Attending}, {"attention": "heads"}, "cannot be split by heads: it can be only"),
+        ({"model": Attending}, {"attention.out_proj": "row"}, "cannot be split by row: it can be"),
         ({}, {"1": "column"}, "layer '1' (ReLU) cannot be split by column: it can be only left"),
         ({"optimizer": adafactor}, {"3": "column"}, "Adafactor is not known to treat every number"),
     ],
@@ -211,6 +231,19 @@ def test_bad_placements_are_refused(
 ) -> None:
     for message in gang.run(2, refused, wide_task(**changes), {"placement": placement}):
         assert said in message
+
+
+@pytest.mark.parametrize("strategy", ["hybrid", "split-weights"])
+def test_tied_layers_are_named_together_or_not_at_all(gang: Gang, strategy: str) -> None:
+    task = build("tied-weights")
+    for placement, said in (
+        ({"head": "column"}, "layer 'head' shares its weights with 'embedding', which would not"),
+        ({"head": "row", "embedding": "row"}, "layer 'head' shares its weights with 'embedding'"),
+        ({"head": "column", "embedding": "row"}, "taken"),
+    ):
+        for message in gang.run(2, refused, task, {"placement": placement}, strategy):
+            assert said in message
+            assert "\n" not in message
 
 
 @pytest.mark.parametrize(

@@ -119,15 +119,16 @@ class Descent:
         member.stale -= late
         mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.held[lease] for lease in mine]
-        wrong = self._what_is_wrong(message, held)
-        if not wrong:
-            return self._accept(message, held)
-        commands = self._drop(message, "it came too late" if late else wrong)
-        if math.isfinite(message.loss) and math.isfinite(message.weight):
+        if wrong := self._what_is_wrong(message, held):
+            commands = self._drop(message, "it came too late" if late else wrong)
             self._take_back(mine)
+            return self._settle(commands)
+        if math.isfinite(message.loss) and 0 <= message.weight < math.inf:
+            return self._accept(message, held)
+        reason = f"its loss is {message.loss}, its weight {message.weight}"
+        commands = self._drop(message, reason)
         for lease in mine:
-            if lease in member.leases and not self.over:
-                commands += self._spoil(lease, wrong)
+            commands += [] if self.over else self._spoil(lease, reason)
         return self._settle(commands)
 
     def spoiled(self, message: Spoiled) -> list[Command]:
@@ -185,14 +186,12 @@ class Descent:
     # ---------------------------------------------------------------------------- decisions
 
     def _what_is_wrong(self, message: Done, held: list[Held]) -> str:
-        """Why a push cannot count; `held`: those of its leases that are its worker's."""
+        """Why a push cannot be for its leases; `held`: those that are its worker's."""
         training = [one for one in held if one.work.purpose == "train"]
         if not training or len(training) < len(message.leases):
             return "it is of leases that are not its worker's"
         if not min(one.lease.version for one in held) <= message.fetched <= self.version:
             return f"it was taken at version {message.fetched}, which its leases do not allow"
-        if not (math.isfinite(message.loss) and 0 <= message.weight < math.inf):
-            return f"its loss is {message.loss}, its weight {message.weight}"
         return ""
 
     def _drop(self, message: Done, reason: str) -> list[Command]:

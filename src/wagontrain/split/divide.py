@@ -43,9 +43,16 @@ def splittable(layer: nn.Module, shards: bool = False) -> tuple[Cut, ...]:
 
 
 def check_placement(
-    model: nn.Module, placement: Placement, observed: Observed, shards: bool = False
+    model: nn.Module, placement: Placement, observed: Observed, size: int, shards: bool = False
 ) -> None:
-    """Refuse a placement that cannot be; `shards` where every rank has its own samples.
+    """Refuse a placement that cannot be.
+
+    Args:
+        model: the whole one.
+        placement: what was asked for.
+        observed: what a forward pass showed.
+        size: ranks that weights are divided over.
+        shards: whether every rank has its own samples.
 
     Raises:
         UsageError: it names no layer, or one that cannot be split so.
@@ -68,6 +75,27 @@ def check_placement(
         why = not_split_because(name, model, observed)
         if why:
             raise UsageError(f"layer {name!r} cannot be split: {why}; leave it whole")
+    kept = _consistent(model, placement, size)
+    for name, cut in placement.items():
+        if cut != "whole" and name not in kept:
+            raise UsageError(
+                f"layer {name!r} shares its weights with {_sharer(model, name)!r}, which would not "
+                "be divided in the same way: name both (an Embedding by row goes with a Linear by "
+                "column), or leave both whole"
+            )
+
+
+def _sharer(model: nn.Module, name: str) -> str:
+    """Another layer that has one of a layer's weights."""
+    own = {id(value) for _, value in own_parameters(model.get_submodule(name))}
+    others: Iterator[str] = (
+        other
+        for other, layer in model.named_modules(remove_duplicate=False)
+        if other != name
+        and any(id(value) in own for value in layer.parameters(recurse=False))
+        and not other.startswith(full_name(name, ""))
+    )
+    return next(others)
 
 
 def not_split_because(name: str, model: nn.Module, observed: Observed) -> str:

@@ -112,7 +112,7 @@ class HybridRunner(Synchronous):
             placement = in_turn(prepared, shards=True)
         else:
             placement = strategy.placement
-            check_placement(model, placement, prepared.observed, shards=True)
+            check_placement(model, placement, prepared.observed, world.size, shards=True)
         border = Shards(axes.model, strategy.chunks)
         placement = placement if world.size > 1 else {}
         divided = divide(model, placement, prepared.observed, border, axes, world.device)

@@ -97,7 +97,7 @@ class SplitWeightsRunner(Synchronous):
             placement = in_turn(prepared, strategy.least)
         else:
             placement = strategy.placement
-            check_placement(model, placement, prepared.observed)
+            check_placement(model, placement, prepared.observed, axes.model.size)
         chain = Chain()
         if strategy.strips:
             named = () if strategy.placement == "auto" else placement
