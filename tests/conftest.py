@@ -58,3 +58,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         problem = why_not()
         if problem:
             pytest.skip(problem)
+
+
+LONGEST = ("test_ray", "test_conformance", "test_strips", "test_lost_hosts", "test_crew")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest first: two at a time, they would be waited for at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

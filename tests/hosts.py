@@ -19,6 +19,7 @@ from tests.commands import SCRIPTS
 from tests.forks import Fork
 from wagontrain.testbed import links
 from wagontrain.testbed.bed import Bed, Shape
+from wagontrain.testbed.links import address
 from wagontrain.testbed.run import variables
 
 # Long enough for processes that get little of a busy machine.
@@ -69,26 +70,26 @@ class Nursery:
         size: int,
         folder: Path,
         *arguments: str,
-        program: str = "wagontrain",
+        first: int = 0,
         phase: str = "",
         environment: Mapping[str, str | None] | None = None,
     ) -> Child:
         """Start `wagontrain ARGUMENTS` as the rank of a host in a job of so many.
 
-        With `phase`, it writes its rank to a file `reached` when it comes to that phase, and
-        stays there. `environment` replaces variables, or with None removes them. `program` is
-        another of the installed scripts.
+        The job is on the hosts from `first` on. With `phase`, the rank writes its number to a
+        file `reached` when it comes to that phase, and stays there. `environment` replaces
+        variables, or with None removes them.
         """
         given = {
-            **os.environ, **variables(self.bed, host, 0, 1), "WORLD_SIZE": str(size),
+            **os.environ, **variables(self.bed, host, 0, 1),
+            "RANK": str(host - first), "WORLD_SIZE": str(size), "MASTER_ADDR": address(first),
             # A port of its own for each job.
             "MASTER_PORT": str(20_000 + zlib.crc32(bytes(folder)) % 9_000), **(environment or {}),
         }  # fmt: skip
         child = Child(
-            [SCRIPTS / program, *arguments], folder,
+            [SCRIPTS / "wagontrain", *arguments], folder,
             {name: value for name, value in given.items() if value is not None},
             before=partial(_arrive, way_into(self.bed, host), phase, folder / "reached"),
-            starts=program == "torchrun",
         )  # fmt: skip
         self.children.append(child)
         return child

@@ -15,6 +15,7 @@ import pytest
 from tests.commands import TASK, Running, python, really, torchrun, wagontrain
 
 
+@pytest.mark.whole
 def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path: Path) -> None:
     summaries = []
     for workers, program in (("1", wagontrain), ("2", partial(really, "wagontrain"))):

@@ -78,6 +78,7 @@ ELSEWHERE = {
 }
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("command", [line for line in commands() if line not in ELSEWHERE])
 def test_commands(command: str, tmp_path: Path) -> None:
     program, *arguments = command.split()

@@ -21,6 +21,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module
 
 
+@pytest.mark.whole
 def test_mnist_reads_at_least_96_percent_of_the_digits(tmp_path: Path) -> None:
     done = wagontrain(
         "run", str(EXAMPLES / "mnist.py"), "--workers", "2", "--strategy", "data-parallel",
@@ -32,6 +33,7 @@ def test_mnist_reads_at_least_96_percent_of_the_digits(tmp_path: Path) -> None:
     assert summary["world_size"] == 2
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("settings", [[], ["--set", "outer=nesterov", "--set", "steps_between=32"]])
 def test_mnist_reads_at_least_95_percent_with_local_sgd(
     tmp_path: Path, settings: list[str]
@@ -56,6 +58,7 @@ def test_mnist_splits_its_digits_once(examples: Any) -> None:
     assert train.indices == examples("mnist").digits()[0].indices
 
 
+@pytest.mark.whole
 def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
     done = python(EXAMPLES / "linear_regression.py", folder=tmp_path, starts=9)
     assert done.returncode == 0, done.stderr
@@ -67,6 +70,7 @@ def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
     assert converged < 1e-4
 
 
+@pytest.mark.whole
 def test_char_lm_learns(tmp_path: Path) -> None:
     done = wagontrain(
         "run", str(EXAMPLES / "char_lm.py"), "--workers", "2", "--steps", "30", "--run-dir", "R",
@@ -96,6 +100,7 @@ def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
     assert not torch.allclose(before[:, 40:], after[:, 40:], atol=1e-5)
 
 
+@pytest.mark.whole
 # mnist on 3 workers is the README's own command: test_docs.
 @pytest.mark.parametrize(("name", "workers"), [("linear_regression", "4"), ("char_lm", "2")])
 def test_examples_train_as_one_process_does(name: str, workers: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Several hosts: errors, interfaces, Slurm, torchrun. Needs a test bed."""
+"""Several hosts: errors, interfaces, Slurm. Needs a test bed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ROOT
 from tests.hosts import ASKED, Nursery, wait_for
-from wagontrain.testbed.run import variables
 
 pytestmark = pytest.mark.testbed
 
-HOSTS = 4
+HOSTS = 3
 
 
 def test_an_error_on_one_host_is_told_on_all(hosts: Nursery, tmp_path: Path) -> None:
@@ -79,36 +77,3 @@ def test_everybody_listens_on_the_chosen_address_only(hosts: Nursery, tmp_path: 
                 if fields[3] == "0A":
                     listening.add(fields[1].rpartition(":")[0])
         assert listening == {own}
-
-
-SHORTER = f"""
-import dataclasses, sys
-sys.path.append("{ROOT}/examples")
-import mnist
-import wagontrain as wt
-wt.fit(dataclasses.replace(mnist.task(), epochs=4))
-"""
-
-
-def test_torchrun_on_four_nodes_trains_the_digits(hosts: Nursery, tmp_path: Path) -> None:
-    (tmp_path / "shorter.py").write_text(SHORTER)
-    before = hosts.bed.usage()
-    master = variables(hosts.bed, 0, 0, 1)
-    children = [
-        hosts.run(
-            rank, 4, tmp_path, "--nnodes", "4", "--nproc-per-node", "1", "--node-rank", str(rank),
-            "--master-addr", master["MASTER_ADDR"], "--master-port", master["MASTER_PORT"],
-            "shorter.py", program="torchrun",
-        )
-        for rank in range(4)
-    ]  # fmt: skip
-    said = [child.end(within=150) for child in children]
-    assert [status for status, _ in said] == [0] * 4, said
-    (folder,) = (tmp_path / "runs").iterdir()
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["validation"]["accuracy"] >= 0.9
-    assert summary["hosts"] == ["tb0", "tb1", "tb2", "tb3"]
-    parameters = 61_706 * 4
-    floor = 2 * 3 / 4 * parameters * summary["steps"]
-    for earlier, now in zip(before, hosts.bed.usage(), strict=True):
-        assert 0.9 * floor < now.bytes_sent - earlier.bytes_sent < 1.1 * floor

@@ -12,7 +12,7 @@ from tests.hosts import ASKED, PATIENCE, Child, Nursery, wait_for
 
 pytestmark = pytest.mark.testbed
 
-HOSTS = 3
+HOSTS = 9
 
 PHASES = {
     "step": "in step 2",
@@ -40,53 +40,86 @@ def own_end(child: Child, how: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("phase", "victim", "how"),
-    [
-        *(
-            (phase, victim, how)
-            for phase, victim in (("step", 1), ("validation", 2), ("checkpoint", 1), ("step", 0))
-            for how in ("kill", "stop", "cut")
-        ),
-        ("exchange", 1, "kill"),
-    ],
+    ("phase", "victim"), [("step", 1), ("validation", 2), ("checkpoint", 1), ("step", 0)]
 )
-def test_a_lost_host_is_named(
-    hosts: Nursery, tmp_path: Path, phase: str, victim: int, how: str
-) -> None:
-    children = [
-        hosts.run(rank, 3, tmp_path, *ASKED, phase=PHASES[phase] if rank == victim else "")
-        for rank in range(3)
-    ]
-    wait_for(tmp_path / "reached")
-    time.sleep(1.5)  # until its pulse has said where it is
-    began = time.monotonic()
-    harm(hosts, victim, children[victim], how)
-    for rank, child in enumerate(children):
-        if rank == victim:
-            continue
-        status, said = child.end(within=25)
-        assert status == 1, said
-        lines = [line for line in said.splitlines() if line.startswith("wagontrain: ")]
-        assert len(lines) == 1, said
-        assert f"rank {victim} on host tb{victim} " in lines[0]
-        assert f"last seen {PHASES[phase]}" in lines[0]
-        assert "Traceback" not in said
-        stacks = (tmp_path / "R" / "stacks" / f"rank{rank}.txt").read_text()
-        assert "most recent call first" in stacks
-    # PATIENCE for the silence, a few beats to tell, 5 s for the main thread to end by itself.
-    assert time.monotonic() - began < PATIENCE + 12
-    own_end(children[victim], how)
+def test_a_lost_host_is_named(hosts: Nursery, tmp_path: Path, phase: str, victim: int) -> None:
+    jobs = [Job(hosts, tmp_path, number, phase, victim) for number in range(len(HOW))]
+    check_all(jobs, HOW)
 
 
-@pytest.mark.parametrize("how", ["kill", "stop", "cut"])
-def test_a_host_lost_before_all_have_met_is_named(hosts: Nursery, tmp_path: Path, how: str) -> None:
-    first = hosts.run(0, 3, tmp_path, *ASKED)
-    second = hosts.run(1, 3, tmp_path, *ASKED, phase="meeting the other ranks")
-    wait_for(tmp_path / "reached")  # the third never comes
-    time.sleep(1.5)
-    harm(hosts, 1, second, how)
-    status, said = first.end(within=20)
-    assert status == 1
-    assert "rank 1 on host tb1 has not been heard of" in said
-    assert "last seen meeting the other ranks" in said
-    own_end(second, how)
+def test_a_host_killed_in_an_exchange_is_named(hosts: Nursery, tmp_path: Path) -> None:
+    check_all([Job(hosts, tmp_path, 0, "exchange", 1)], ("kill",))
+
+
+HOW = ("kill", "stop", "cut")
+
+
+class Job:
+    """A job on three hosts of its own, of which one stays in a phase."""
+
+    def __init__(self, hosts: Nursery, folder: Path, number: int, phase: str, victim: int) -> None:
+        self.hosts, self.phase, self.victim = hosts, phase, victim
+        self.first = 3 * number
+        self.folder = folder / str(number)
+        self.folder.mkdir()
+        (self.folder / "job.py").write_text((folder / "job.py").read_text())
+        self.children = [
+            hosts.run(
+                self.first + rank, 3, self.folder, *ASKED, first=self.first,
+                phase=PHASES[phase] if rank == victim else "",
+            )
+            for rank in range(3)
+        ]  # fmt: skip
+
+    def harm(self, how: str) -> None:
+        wait_for(self.folder / "reached")
+        time.sleep(1.5)  # until its pulse has said where it is
+        self.began = time.monotonic()
+        harm(self.hosts, self.first + self.victim, self.children[self.victim], how)
+
+    def check(self, how: str) -> None:
+        for rank, child in enumerate(self.children):
+            if rank == self.victim:
+                continue
+            status, said = child.end(within=25)
+            assert status == 1, (how, said)
+            lines = [line for line in said.splitlines() if line.startswith("wagontrain: ")]
+            assert len(lines) == 1, (how, said)
+            assert f"rank {self.victim} on host tb{self.first + self.victim} " in lines[0], how
+            assert f"last seen {PHASES[self.phase]}" in lines[0], how
+            assert "Traceback" not in said, how
+            stacks = (self.folder / "R" / "stacks" / f"rank{rank}.txt").read_text()
+            assert "most recent call first" in stacks
+        # PATIENCE for the silence, a few beats to tell, 5 s for the main thread to end by itself.
+        assert time.monotonic() - self.began < PATIENCE + 12, how
+
+
+def check_all(jobs: list[Job], ways: tuple[str, ...]) -> None:
+    for job, how in zip(jobs, ways, strict=True):
+        job.harm(how)
+    for job, how in zip(jobs, ways, strict=True):
+        job.check(how)
+    for job, how in zip(jobs, ways, strict=True):
+        own_end(job.children[job.victim], how)
+
+
+def test_a_host_lost_before_all_have_met_is_named(hosts: Nursery, tmp_path: Path) -> None:
+    ranks = []
+    for number, how in enumerate(HOW):
+        folder, first = tmp_path / how, 3 * number
+        folder.mkdir()
+        (folder / "job.py").write_text((tmp_path / "job.py").read_text())
+        ranks.append([
+            hosts.run(first, 3, folder, *ASKED, first=first),
+            hosts.run(first + 1, 3, folder, *ASKED, first=first, phase="meeting the other ranks"),
+        ])  # fmt: skip
+    for number, how in enumerate(HOW):
+        wait_for(tmp_path / how / "reached")  # the third never comes
+        time.sleep(1.5)
+        harm(hosts, 3 * number + 1, ranks[number][1], how)
+    for number, how in enumerate(HOW):
+        status, said = ranks[number][0].end(within=20)
+        assert status == 1, how
+        assert f"rank 1 on host tb{3 * number + 1} has not been heard of" in said, how
+        assert "last seen meeting the other ranks" in said, how
+        own_end(ranks[number][1], how)

@@ -189,6 +189,7 @@ def end(process: subprocess.Popen[str] | Fork, within: float) -> tuple[int, str,
     return process.returncode, out, err
 
 
+@pytest.mark.whole
 def test_mnist_trains_and_the_whole_run_comes_back(cluster: Cluster) -> None:
     (cluster.files / "mnist.py").write_text((ROOT / "examples" / "mnist.py").read_text())
     process = cluster.launch_new(*cluster.command("mnist.py", "--workers", "3"))

@@ -418,6 +418,7 @@ run.finish()
 """
 
 
+@pytest.mark.whole
 @pytest.mark.testbed
 def test_images_that_do_not_fit_on_one_host_train_in_strips(tmp_path: Path) -> None:
     """Importing torch takes some 290 MB, the image's activations another 350."""
