@@ -730,13 +730,13 @@ def test_other_strategies_go_on_from_it_and_it_from_them(
 ) -> None:
     local = ("local-sgd", NESTEROV)
     kept = gang.run(3, saving, local, tmp_path, 4, False)[0]
-    found = checkpoint.latest(tmp_path).tensors()
+    found = checkpoint.latest(tmp_path).reader().tensors
     assert {"model.0.weight", "optimizer.0.weight.exp_avg", "outer.0.weight.anchor"} <= found.keys()
     began = gang.run(2, weights_after, other, tmp_path, 0)[0]
     for name, value in began.items():
         torch.testing.assert_close(value, kept[name])
     gang.run(2, saving, other, tmp_path, 6, True)
-    assert not any(name.startswith("outer") for name in checkpoint.latest(tmp_path).tensors())
+    assert not any(name.startswith("outer") for name in checkpoint.latest(tmp_path).reader().tensors)
     theirs = gang.run(2, weights_after, other, tmp_path, 0)[0]
     ours = gang.run(3, weights_after, local, tmp_path, 0)[0]
     for name, value in theirs.items():
