@@ -203,6 +203,10 @@ class Answers:
 def _too_soon(message: Question, shard: Shard) -> bool:
     """Whether the coordinator has yet to say what the question waits for."""
     if message.snapshot is None:
+        held = shard.staging.held
+        waits = isinstance(message, Pull) and message.own
+        if waits and any(worker == message.worker for worker, _ in held):
+            return True
         return message.at_least > shard.version
     return message.snapshot > shard.newest
 

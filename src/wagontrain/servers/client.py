@@ -169,10 +169,19 @@ class Client:
         at_least: int = 0,
         snapshot: int | None = None,
         whole: bool = False,
+        own: bool = False,
     ) -> Future[int]:
-        """Begin to fetch parameters into slices; the result is their version."""
+        """Begin to fetch parameters into slices; the result is their version.
+
+        Args:
+            slices: of a shard, in the order in which they travel.
+            at_least: commits that have to be in it.
+            snapshot: to fetch, instead of what is there now.
+            whole: with what never changes, too.
+            own: not before all that this worker has pushed counts, or never will.
+        """
         return self._fetching.submit(
-            self._lines[0].pull, slices, self.number, at_least, snapshot, whole
+            self._lines[0].pull, slices, self.number, at_least, snapshot, whole, own
         )
 
     def push(

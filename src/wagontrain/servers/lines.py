@@ -47,6 +47,7 @@ class Lines:
         at_least: int = 0,
         snapshot: int | None = None,
         whole: bool = False,
+        own: bool = False,
     ) -> int:
         """Fill each shard's slices; returns the oldest version among them.
 
@@ -56,6 +57,7 @@ class Lines:
             at_least: commits that have to be in it.
             snapshot: to pull, instead of what is there now.
             whole: with what never changes, too.
+            own: not before pushes of this worker are settled.
 
         Raises:
             WorkerError: a shard refused, or did not answer in time.
@@ -74,7 +76,7 @@ class Lines:
             return True
 
         def request(shard: int) -> tuple[Message, Sequence[Tensor]]:
-            return Pull(shard, worker, whole, at_least, snapshot, number), ()
+            return Pull(shard, worker, whole, at_least, snapshot, number, own=own), ()
 
         self._exchange(request, take)
         return min(versions)

@@ -257,7 +257,8 @@ class Staged:
 class Pull:
     """This shard's part of the parameters, with at least so many commits, or of a snapshot.
 
-    `whole` asks for what never changes, too; `worker` is who asks; the answer has the same
+    With `own`, not before the pushes of this worker that are here count, or never will. `whole`
+    asks for what never changes, too; `worker` is who asks; the answer has the same
     `number`, for one that came late must not be taken for another's. With `shared`, frames: so
     many references to memory of the sender, where the parameters are wanted.
     """
@@ -269,6 +270,7 @@ class Pull:
     snapshot: int | None = None
     number: int = 0
     shared: int = 0
+    own: bool = False
     kind: Literal["pull"] = "pull"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -54,3 +54,14 @@ def corrected(momentum: float, workers: int) -> float:
     The learning rate stays: late gradients bear no higher one.
     """
     return max(0.0, 1 - workers * (1 - momentum))
+
+
+def with_less_momentum(group: Mapping[str, Any], workers: int) -> dict[str, Any]:
+    """What has to change in a group's hyperparameters: `momentum` of SGD, the first beta of Adam."""
+    changed: dict[str, Any] = {}
+    if group.get("momentum"):
+        changed["momentum"] = corrected(group["momentum"], workers)
+    if "betas" in group:
+        first, *others = group["betas"]
+        changed["betas"] = (corrected(first, workers), *others)
+    return changed

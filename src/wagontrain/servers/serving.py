@@ -258,6 +258,7 @@ class Server:
     def _forget(self, message: Forget) -> None:
         for shard in self.shards.values():
             shard.forget(message.worker, message.sequences)
+        self.answers.go_on()
 
     def _own(self) -> Shard:
         if self.index not in self.shards:

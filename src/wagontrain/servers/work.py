@@ -148,14 +148,17 @@ class Worker:
         self._since_fetch = 0
         if self._fetch is not None:
             self._take(self._fetch)
+        ahead = self.habits.overlap and not self.habits.together
         if self._fetch is None or self.version < lease.version:
-            self._take(self._begin(lease.version))
+            if not ahead:  # its own last gradient in it: each update less late is worth the wait
+                self._await_push()
+            self._take(self._begin(lease.version, own=not ahead))
         self._fetch = None
-        if self.habits.overlap and not self.habits.together:
+        if ahead:
             self._fetch = self._begin(0)
 
-    def _begin(self, at_least: int) -> Future[int]:
-        return self.client.fetch(self._slices(self._spare), at_least)
+    def _begin(self, at_least: int, own: bool = False) -> Future[int]:
+        return self.client.fetch(self._slices(self._spare), at_least, own=own)
 
     def _take(self, fetch: Future[int]) -> None:
         version = self.client.await_(fetch)

@@ -39,7 +39,7 @@ from wagontrain.servers.descent import Course, Descent, Gate, Reached
 from wagontrain.servers.elastic import ElasticWorker
 from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.image import Image
-from wagontrain.servers.rates import Rates, corrected
+from wagontrain.servers.rates import Rates, with_less_momentum
 from wagontrain.servers.record import Record
 from wagontrain.servers.site import Site
 from wagontrain.servers.work import Habits, Worker
@@ -213,9 +213,8 @@ class ParameterServer(Crewed):
             changed = dict(group)
             if self.rate is not None:
                 changed["lr"] = self.rate * group["lr"] / group.get("initial_lr", group["lr"])
-            momentum = group.get("momentum", 0.0)
-            if momentum and self.momentum == "corrected" and not self.together:
-                changed["momentum"] = corrected(momentum, workers)
+            if self.momentum == "corrected" and not self.together:
+                changed |= with_less_momentum(group, workers)
             return changed
 
         return change
