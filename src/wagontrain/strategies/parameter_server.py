@@ -65,7 +65,8 @@ class ParameterServer(Crewed):
         n_fetch: batches between two fetches of the parameters.
         overlap: whether the next parameters are fetched while a gradient is computed: faster on
             slow links, and one update staler.
-        rate: learning rate at the servers, instead of the task's.
+        rate: learning rate at the servers, instead of the task's; of "adagrad", instead of ten
+            times the task's.
         momentum: "corrected" lowers the task's by what asynchrony adds by itself, "task" leaves it.
         compensation: of rule "dc-asgd": its lambda.
         elasticity: of rule "easgd": its beta; a worker goes beta / N of the way to the servers.
@@ -211,13 +212,19 @@ class ParameterServer(Crewed):
     def _change(self, workers: int) -> Any:
         def change(group: dict[str, Any]) -> dict[str, Any]:
             changed = dict(group)
-            if self.rate is not None:
+            if self.rate is None and self.rule == "adagrad":
+                changed["lr"] = _ADAGRAD * group["lr"]
+            elif self.rate is not None:
                 changed["lr"] = self.rate * group["lr"] / group.get("initial_lr", group["lr"])
             if self.momentum == "corrected" and not self.together:
                 changed |= with_less_momentum(group, workers)
             return changed
 
         return change
+
+
+_ADAGRAD = 10.0
+"""Times the task's rate for Adagrad at the servers (Dean et al. 2012, section 4.1)."""
 
 
 def _refuse_batch_norm(model: nn.Module) -> None:
