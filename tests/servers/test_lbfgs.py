@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -113,10 +113,11 @@ def by_torch(f: Function, x: Tensor, steps: int, **given: Any) -> tuple[Tensor, 
     return parameter.detach(), losses, optimizer.state[parameter]
 
 
-def turned(f: Function, x: Tensor, steps: int, **given: Any) -> Tensor:
-    """The same by torch with the numbers in another order: how far rounding alone leads."""
-    back, _, _ = by_torch(lambda y: f(y.flip(0)), x.flip(0), steps, **given)
-    return back.flip(0)
+def strayed(f: Function, x: Tensor, steps: int, **given: Any) -> float:
+    """How far torch itself strays if the last digits of where it begins are others."""
+    there, _, _ = by_torch(f, x, steps, **given)
+    others = [by_torch(f, x * (1 + by), steps, **given)[0] for by in (4e-16, -4e-16)]
+    return max(float((other - there).abs().max()) for other in others)
 
 
 def rosenbrock(x: Tensor) -> Tensor:
@@ -141,14 +142,16 @@ WAYS = [
 ]
 
 
-def compare(f: Function, x: Tensor, steps: int, **given: Any) -> None:
+def compare(f: Function, x: Tensor, steps: int, wild: bool = False, **given: Any) -> None:
+    """Compare; with `wild`, leave out what magnifies a last digit so that nothing is to be seen."""
     ours, losses, memory = by_us(f, x, steps, **given)
     theirs, expected, state = by_torch(f, x, steps, **given)
-    rounding = float((turned(f, x, steps, **given) - theirs).abs().max())
+    rounding = strayed(f, x, steps, **given)
     size = max(1.0, float(theirs.abs().max()))
-    assert float((ours - theirs).abs().max()) <= 1e-9 * size + 100 * rounding
+    assume(not wild or rounding < 1e-7 * size)
+    assert float((ours - theirs).abs().max()) <= 1e-11 * size + 100 * rounding
     assert losses[0] == expected[0]
-    if rounding < 1e-6:
+    if rounding < 1e-9:
         assert losses == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert memory.n_iter == state["n_iter"]
         assert memory.func_evals == state["func_evals"]
@@ -188,7 +191,7 @@ def test_random_functions_and_settings(
     bowl = quadratic(size, seed)
     compare(
         lambda x: torch.log1p(x.square().sum() + bowl(x).square()) + torch.cos(x).sum(),
-        random(size, seed=seed + 2), 3, lr=lr, history_size=history, max_iter=iterations,
+        random(size, seed=seed + 2), 3, wild=True, lr=lr, history_size=history, max_iter=iterations,
         max_eval=most, line_search_fn=line, tolerance_grad=tolerance,
     )  # fmt: skip
 

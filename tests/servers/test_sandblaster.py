@@ -121,7 +121,7 @@ def test_a_convolutional_network_and_its_report(tmp_path: Path) -> None:
         model.load_state_dict(expected.parameters)
         (inputs, target) = torch.utils.data.default_collate(list(task.train))
         loss = F.cross_entropy(model(inputs.double()), target)
-        assert measured[-1]["values"]["loss"] == pytest.approx(float(loss), rel=1e-8)
+        assert measured[-1]["values"]["loss"] == pytest.approx(float(loss.detach()), rel=1e-8)
 
 
 class Held(PortionWorker):
@@ -217,7 +217,12 @@ def test_a_lost_workers_portions_are_given_to_others(tmp_path: Path) -> None:
         job = Beside(task, strategy, 2, tmp_path / "run", patience=1.5)
         gone = threading.Event()
         job.first(partial(Dying, gone))
-        outcome = job.run(lambda: job.others() if gone.is_set() else None)
+
+        def when_it_is_missed() -> None:
+            if gone.is_set() and not job.coordinator.members:
+                job.others()
+
+        outcome = job.run(when_it_is_missed)
         found = Trace.of(outcome.losses, task.build_model(), outcome.weights)
         agree(found, train_plainly(task, CPU, 0, 3), 3)
     assert [event["leases"] for event in outcome.of("lost")] == [[0, 1]]

@@ -13,8 +13,8 @@ first counts.
 It is exact: the same iterates as torch.optim.LBFGS on one process, to rounding. One step is one
 `LBFGS.step` on one batch.
 
-Bytes sent for each evaluation, P of parameters, N workers: P to each worker; from each P / n_push
-for every portion, and P for the last. Memory on the shards: (2 m + 6) P for m pairs of history.
+Bytes for each evaluation, P of parameters: P to each worker; from each P for every n_push portions,
+and P for its last one. Memory on the shards: (2 m + 6) P for m pairs of history, and the pushes.
 
 Source: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 4.2 and algorithm 2.
 """
