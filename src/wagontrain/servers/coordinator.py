@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from wagontrain.errors import LossError, TrainingError, WorkerError
 from wagontrain.servers import commands
 from wagontrain.servers.commands import Command
 from wagontrain.servers.contents import Contents, room
+from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.messages import (
     PROTOCOL,
@@ -45,43 +46,6 @@ from wagontrain.version import __version__
 
 TICK = 0.1
 """Seconds after which the coordinator looks after processes when nobody says anything."""
-
-
-class Decisions(Protocol):
-    """What decides: `descent.Descent`, or `minimising.Minimisation`. Events in, commands out."""
-
-    def joined(self, worker: int) -> list[Command]:
-        """A worker takes part."""
-
-    def left(self, worker: int) -> list[Command]:
-        """A worker is gone."""
-
-    def asked(self, worker: int) -> list[Command]:
-        """A worker wants a lease."""
-
-    def done(self, message: Done) -> list[Command]:
-        """A gradient lies on all shards."""
-
-    def spoiled(self, message: Spoiled) -> list[Command]:
-        """A worker could not give a gradient."""
-
-    def measured(self, message: Measured) -> list[Command]:
-        """Sums over validation data."""
-
-    def answered(self, version: int, numbers: tuple[float, ...]) -> list[Command]:
-        """What the operations of a commit found out."""
-
-    def mislaid(self) -> list[Command]:
-        """A shard was started again without what it had put aside."""
-
-    def staleness(self) -> dict[str, Any]:
-        """Of all pushes."""
-
-    def workers(self) -> dict[int, dict[str, Any]]:
-        """What each worker has done."""
-
-    def more(self) -> dict[str, Any]:
-        """Further figures for the summary."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from wagontrain.errors import LossError
 from wagontrain.servers import lbfgs
@@ -30,6 +30,7 @@ from wagontrain.servers.commands import (
     Operate,
     Stepped,
 )
+from wagontrain.servers.deciding import Schedule
 from wagontrain.servers.leases import Allowed, Course, Work
 from wagontrain.servers.messages import Done, Lease, Measured, Spoiled
 from wagontrain.servers.operations import Operation
@@ -37,16 +38,6 @@ from wagontrain.servers.portions import Asker, Pool, Portion, Push
 from wagontrain.servers.roster import Held, Member, Roster
 from wagontrain.servers.staleness import Tally
 from wagontrain.servers.validation import Validations
-
-
-class Schedule(Protocol):
-    """The optimizer's settings from step to step; `rates.Rates` is one."""
-
-    def now(self) -> tuple[dict[str, Any], ...]:
-        """Those of each group of parameters."""
-
-    def advance(self) -> None:
-        """A step was made."""
 
 
 class Minimisation:
@@ -158,14 +149,11 @@ class Minimisation:
             commands: list[Command] = [Note("too_far", fields), *self._abandon()]
             return self._settle(commands + self._advance(lbfgs.Answer((), math.inf)))
         if held.work.spoiled_by is not None:
-            self.over = True
-            return [
-                Fail(
-                    f"{where}: {message.reason} on worker {message.worker}, after worker "
-                    f"{held.work.spoiled_by} had failed on them, too; lower the learning rate or "
-                    "look at these samples"
-                )
-            ]
+            return self._fail(
+                f"{where}: {message.reason} on worker {message.worker}, after worker "
+                f"{held.work.spoiled_by} had failed on them, too; lower the learning rate or look "
+                "at these samples"
+            )
         self._give_back(replace(held, work=replace(held.work, spoiled_by=message.worker)))
         fields = {"worker": message.worker, "lease": message.lease, "of": where}
         return self._settle([Note("spoiled", {**fields, "reason": message.reason})])
@@ -192,13 +180,10 @@ class Minimisation:
         """A shard was started again without what it had."""
         if self.over or not self.version:
             return []
-        self.over = True
-        return [
-            Fail(
-                "a server shard ended, and with it a part of L-BFGS's vectors: resume from the "
-                "run's checkpoint, or use replicas=1 with at least 2 servers"
-            )
-        ]
+        return self._fail(
+            "a server shard ended, and with it a part of L-BFGS's vectors: resume from the run's "
+            "checkpoint, or use replicas=1 with at least 2 servers"
+        )
 
     # ------------------------------------------------------------------------------ figures
 
@@ -241,8 +226,7 @@ class Minimisation:
             self._step = None
             return self._end(ended.value)
         except LossError as error:
-            self.over = True
-            return [Fail(str(error))]
+            return self._fail(str(error))
 
     def _obey(self, request: lbfgs.Order | lbfgs.Evaluate) -> list[Command]:
         if isinstance(request, lbfgs.Order):
@@ -251,12 +235,8 @@ class Minimisation:
         if request.before:
             commands = [self._operate(request.before)]
             self._awaited = -1  # nobody has to wait for that
-        first = self.course.steps_of_epoch
-        epoch, step = divmod(self.steps, first)
-        start = epoch * self.course.samples + step * self.course.batch_size
-        stop = min(start + self.course.batch_size, (epoch + 1) * self.course.samples)
         self._evaluating = request
-        self._pool = Pool(range(start, stop), self.portions)
+        self._pool = Pool(self.course.batch(self.steps), self.portions)
         self.evaluations += 1
         return commands
 
@@ -273,11 +253,10 @@ class Minimisation:
     def _end(self, made: lbfgs.Made) -> list[Command]:
         """A step is made; an epoch may be over by it."""
         epoch = self.steps // self.course.steps_of_epoch
+        samples = len(self.course.batch(self.steps))
         self.steps += 1
         self.iterations += made.iterations
         self.schedule.advance()
-        within = (self.steps - 1) % self.course.steps_of_epoch * self.course.batch_size
-        samples = min(self.course.batch_size, self.course.samples - within)
         fields = {"iterations": made.iterations, "evaluations": made.evaluations}
         commands: list[Command] = [
             Stepped(self.steps, epoch, samples, made.loss, self._weight, fields)
@@ -325,13 +304,10 @@ class Minimisation:
         assert self._evaluating is not None
         pushes, weight, loss = pool.result
         if not weight:
-            self.over = True
-            return [
-                Fail(
-                    f"the weights of all samples of step {self.steps} add up to 0: a mean over "
-                    "them does not exist; leave such samples out or give them a weight"
-                )
-            ]
+            return self._fail(
+                f"the weights of all samples of step {self.steps} add up to 0: a mean over them "
+                "does not exist; leave such samples out or give them a weight"
+            )
         for push in pushes:
             samples = sum(pool.sizes[start] for start in push.portions)
             self.tally.count(push.name[0], 0, samples, push.seconds)
@@ -359,6 +335,10 @@ class Minimisation:
         held = self._roster.held.items()
         for lease in [number for number, each in held if each.work.purpose == "train"]:
             self._roster.take(lease, stale=True)
+
+    def _fail(self, reason: str) -> list[Command]:
+        self.over = True
+        return [Fail(reason)]
 
     def _drop(self, message: Done, reason: str) -> list[Command]:
         """The push will not be applied."""

@@ -16,7 +16,7 @@ from wagontrain.errors import LossError
 from wagontrain.objective import not_finite
 from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
-from wagontrain.servers.coordinator import Decisions
+from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.image import Image
 from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.site import Site
