@@ -9,8 +9,13 @@ the gradient; the sums are added and divided once by 400:
 Run it to see that the combined step is the single machine's step, and where it converges:
 
     python examples/linear_regression.py
+
+L-BFGS on parameter servers needs a tenth of the passes over all rows:
+
+    wagontrain run examples/linear_regression.py:lbfgs --strategy sandblaster --workers 4
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -64,6 +69,12 @@ def task() -> wt.Task:
         epochs=100,
         shuffle=False,
     )
+
+
+def lbfgs() -> wt.Task:
+    """The same rows and model, minimised by L-BFGS."""
+    minimise = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe")
+    return replace(task(), optimizer=minimise, epochs=1)
 
 
 def one_step_by_hand() -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
 python examples/mnist.py
 wagontrain run examples/mnist.py --workers 2
 torchrun --nproc-per-node 2 examples/mnist.py
+wagontrain run examples/mnist.py:batch --strategy sandblaster --workers 2
 """
 
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -76,6 +78,14 @@ def task() -> wt.Task:
         batch_size=128,
         epochs=15,
     )
+
+
+def batch() -> wt.Task:
+    """All digits at once, by L-BFGS: what the strategy sandblaster is for."""
+    minimise = partial(
+        torch.optim.LBFGS, max_iter=20, history_size=10, line_search_fn="strong_wolfe"
+    )
+    return replace(task(), optimizer=minimise, scheduler=None, batch_size=4000, epochs=4)
 
 
 if __name__ == "__main__":

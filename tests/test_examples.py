@@ -48,6 +48,17 @@ def test_mnist_reads_at_least_95_percent_with_local_sgd(
     assert (summary["world_size"], summary["exact"]) == (4, False)
 
 
+def test_mnist_reads_at_least_93_percent_by_whole_batches(tmp_path: Path) -> None:
+    done = wagontrain(
+        "run", f"{EXAMPLES / 'mnist.py'}:batch", "--strategy", "sandblaster", "--workers", "2",
+        "--run-dir", "R", folder=tmp_path, limit=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["validation"]["accuracy"] >= 0.93
+    assert summary["exact"] is True
+
+
 def test_mnist_splits_its_digits_once(examples: Any) -> None:
     train, validation = examples("mnist").digits()
     assert (len(train), len(validation)) == (4000, 1000)

@@ -192,6 +192,11 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
             f"  staleness   mean {staleness['mean']:.1f} updates, 99 % within {staleness['p99']}, "
             f"most {staleness['max']}"
         )
+    if told := summary.get("minimised"):
+        lines.append(
+            f"  minimised   {told['iterations']} iterations, {told['evaluations']} evaluations; "
+            f"{told['given_twice']} portions given twice, {told['not_counted']} pushes not counted"
+        )
     if summary.get("lost"):
         lines.append(f"  lost        {summary['lost']} updates on a server that was started again")
     if summary.get("straggler"):

@@ -68,26 +68,34 @@ def train_plainly(task: Task, device: torch.device, first_step: int, steps: int)
     """Train on one process for `steps` steps from fresh weights, and keep what happened."""
     model = task.build_model().to(device).train()
     initial = copied(dict(model.named_parameters()))
-    optimizer = task.build_optimizer(model)
+    optimizer = task.build_optimizer(model, closures=True)
     scheduler = task.build_scheduler(optimizer)
     losses = []
     for batch in stretch(Batches.of_training(task, device), first_step, steps):
         weights = [_weight(task, micro.target, micro.count) for micro in batch.micro_batches]
-        optimizer.zero_grad()
-        mean = 0.0
-        for micro, weight in zip(batch.micro_batches, weights, strict=True):
-            with torch.autocast(
-                device.type, dtype=torch.bfloat16, enabled=task.precision == "bfloat16"
-            ):
-                loss = task.loss(call_model(model, micro.inputs), micro.target)
-            (loss * (weight / sum(weights))).backward()
-            mean += float(loss.detach()) * weight / sum(weights)
-        if task.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_grad_norm)
-        optimizer.step()
+
+        def gradient(batch: Batch = batch, weights: list[float] = weights) -> float:
+            optimizer.zero_grad()
+            mean = 0.0
+            for micro, weight in zip(batch.micro_batches, weights, strict=True):
+                with torch.autocast(
+                    device.type, dtype=torch.bfloat16, enabled=task.precision == "bfloat16"
+                ):
+                    loss = task.loss(call_model(model, micro.inputs), micro.target)
+                (loss * (weight / sum(weights))).backward()
+                mean += float(loss.detach()) * weight / sum(weights)
+            if task.clip_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip_grad_norm)
+            return mean
+
+        if isinstance(optimizer, torch.optim.LBFGS):
+            loss_before = optimizer.step(gradient)  # which it takes at several points
+        else:
+            loss_before = gradient()
+            optimizer.step()
         if scheduler is not None:
             scheduler.step()
-        losses.append(mean)
+        losses.append(float(loss_before))
     return Trace.of(losses, model, model.state_dict(), initial)
 
 

@@ -153,11 +153,15 @@ class Task:
             raise TaskError("the model has no parameter with requires_grad: nothing to train")
         return model
 
-    def build_optimizer(self, model: nn.Module) -> Optimizer:
+    def build_optimizer(self, model: nn.Module, closures: bool = False) -> Optimizer:
         """Build the optimizer over the model's parameters.
 
+        Args:
+            model: whose parameters.
+            closures: whether it may be one that evaluates the model by itself: LBFGS.
+
         Raises:
-            TaskError: it is not an optimizer, or one that calls the model by itself (LBFGS).
+            TaskError: it is not an optimizer, or one that calls the model by itself.
         """
         with _named_as("Task.optimizer"):
             optimizer = self.optimizer(model.parameters())
@@ -166,10 +170,11 @@ class Task:
                 f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
                 "optimizer, for instance partial(torch.optim.SGD, lr=0.1)"
             )
-        if isinstance(optimizer, torch.optim.LBFGS):
+        if isinstance(optimizer, torch.optim.LBFGS) and not closures:
             raise TaskError(
-                "torch.optim.LBFGS evaluates the model several times per step, which a step on "
-                "one batch cannot give it: use a first-order optimizer such as SGD or Adam"
+                "torch.optim.LBFGS evaluates the model several times per step, which only the "
+                "strategy sandblaster does: use that, or a first-order optimizer such as SGD or "
+                "Adam"
             )
         own = {id(parameter) for parameter in model.parameters()}
         held = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -18,6 +18,7 @@ import pytest
 from tests.commands import ROOT
 
 TASK = """
+import dataclasses
 from functools import partial
 import time
 import torch
@@ -38,6 +39,12 @@ def task():
     return wt.Task(model=partial(Slow, 6, 1), loss=mean,
                    optimizer=partial(torch.optim.SGD, lr=0.02), train=data, validation=data,
                    batch_size=8, epochs=12)
+
+def batch():
+    return dataclasses.replace(
+        task(), optimizer=partial(torch.optim.LBFGS, max_iter=4, line_search_fn="strong_wolfe",
+                                  tolerance_change=0.0, tolerance_grad=0.0),
+        batch_size=256, epochs=12)
 
 def spoiled():
     good = task()
@@ -158,6 +165,29 @@ def test_a_spoiled_sample_ends_the_run_and_is_named(started: Callable[..., Runni
     status, _, err = run.end()
     assert status == 1
     assert re.fullmatch(r"wagontrain: step \d+, samples \d+ to \d+ .*the loss is nan on .*\n", err)
+
+
+@pytest.mark.parametrize("replicas", [1, 0])
+def test_a_killed_shard_of_sandblaster(started: Callable[..., Running], replicas: int) -> None:
+    """With a mirror it goes on as if nothing had been; without it the run says what is lost."""
+    run = started(
+        "job.py:batch", "--strategy", "sandblaster", "--workers", "1",
+        "--set", "servers=2", "--set", f"replicas={replicas}",
+    )  # fmt: skip
+    run.until(lambda events: steps(events) >= 2, "steps")
+    os.kill(run.children()["server 1"], signal.SIGKILL)
+    status, out, err = run.end()
+    if not replicas:
+        assert status == 1
+        assert re.fullmatch(r"wagontrain: a server shard ended.*use replicas=1.*\n", err), err
+        return
+    assert (status, err) == (0, ""), (out, err)
+    assert any(event["kind"] == "shard_restarted" for event in run.events())
+    summary = json.loads((run.run / "summary.json").read_text())
+    assert (summary["samples"], summary["lost"]) == (12 * 256, 0)
+    # Least squares on six unknowns: L-BFGS is there long before the end.
+    assert summary["validation"]["loss"] < 1e-8
+    assert "iterations" in out
 
 
 def test_a_wrong_secret_and_nobody_there(started: Callable[..., Running], tmp_path: Path) -> None:

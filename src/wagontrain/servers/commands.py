@@ -7,6 +7,7 @@ from typing import Any
 
 from wagontrain.servers.leases import Reached
 from wagontrain.servers.messages import Lease
+from wagontrain.servers.operations import Operation
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,44 @@ class Apply:
 
 
 @dataclass(frozen=True)
+class Operate:
+    """One commit of operations on vectors, whose numbers all shards tell.
+
+    Args:
+        version: of the parameters afterwards.
+        operations: in their order.
+        pushes: (worker, sequence) of the gradients that come with it, in the order of adding.
+        divide: what their sum is to be divided by.
+    """
+
+    version: int
+    operations: tuple[Operation, ...]
+    pushes: tuple[tuple[int, int], ...] = ()
+    divide: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step that took several commits is made.
+
+    Args:
+        version: steps so far.
+        epoch, samples: of its batch.
+        loss: mean over the batch before the step, weighted.
+        divide: what its samples weigh.
+        more: further figures for the run's events.
+    """
+
+    version: int
+    epoch: int
+    samples: int
+    loss: float
+    divide: float
+    more: dict[str, Any] = field(default_factory=dict)
+    staleness: int = 0
+
+
+@dataclass(frozen=True)
 class Forget:
     """Gradients put aside that will not be applied: of a worker, these or all."""
 
@@ -59,6 +98,7 @@ class Keep:
         version: of the parameters in it.
         reached: to take training up from there.
         final: it is the state that training ends with.
+        memory: what the decisions keep beside that, for whoever puts the state together.
     """
 
     number: int
@@ -66,6 +106,7 @@ class Keep:
     version: int
     reached: Reached
     final: bool = False
+    memory: Any = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +131,8 @@ class Note:
     """Something for the run's events, as plain data.
 
     Kinds: "dropped" (a push that is not applied), "lost" (a worker and its leases), "spoiled",
-    "again" (a lease given once more), "mislaid" (pushes that a shard has lost).
+    "again" (a lease given once more), "mislaid" (pushes that a shard has lost), "too_far" (a trial
+    step where the objective is not finite).
     """
 
     kind: str
@@ -109,4 +151,4 @@ class Fail:
     reason: str
 
 
-Command = Give | Apply | Forget | Keep | Drop | Validated | Note | Finish | Fail
+Command = Give | Apply | Operate | Stepped | Forget | Keep | Drop | Validated | Note | Finish | Fail

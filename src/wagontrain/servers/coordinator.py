@@ -1,4 +1,4 @@
-"""The coordinator: an event loop that carries out what `descent` decides.
+"""The coordinator: an event loop that carries out what was decided.
 
 It hears workers and shards on one socket, hands what they say to the pure decisions, and turns
 those into messages and events. It never sees a gradient; parameters only when it starts shards
@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from wagontrain.errors import LossError, TrainingError, WorkerError
-from wagontrain.servers import descent
+from wagontrain.servers import commands
+from wagontrain.servers.commands import Command
 from wagontrain.servers.contents import Contents, room
-from wagontrain.servers.descent import Command, Descent
+from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.messages import (
     PROTOCOL,
@@ -36,6 +37,7 @@ from wagontrain.servers.messages import (
     Unknown,
     Welcome,
 )
+from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.orders import Applied, Commit, Fill, Ready, Squares
 from wagontrain.servers.rates import Rates
 from wagontrain.servers.site import Terms
@@ -47,50 +49,10 @@ TICK = 0.1
 
 
 @dataclass
-class Member:
-    """A worker that takes part."""
-
-    number: int
-    peer: bytes
-    host: str
-    process: int
-    seen: float
-    doing: str = ""
-    sent: int = 0
-    memory: int = 0
-
-
-class Observer:
-    """What happens, for whoever keeps or shows it; all of it may be left out."""
-
-    def committed(self, apply: descent.Apply) -> None:
-        """An update was decided on."""
-
-    def validated(self, result: descent.Validated) -> None:
-        """A validation is complete."""
-
-    def noted(self, kind: str, fields: dict[str, Any]) -> None:
-        """Something else that belongs among the run's events."""
-
-    def seen(self, member: Member) -> None:
-        """A worker has given a sign of life."""
-
-    def kept(self, keep: descent.Keep) -> None:
-        """A snapshot is taken."""
-
-    def wants_state(self, keep: descent.Keep) -> bool:
-        """Whether the state of a snapshot is to be kept."""
-        return False
-
-    def state(self, keep: descent.Keep, parts: list[Contents]) -> None:
-        """The whole state of a snapshot, of every shard."""
-
-
-@dataclass
 class _Pulling:
     """A snapshot whose state is on its way, and who else still needs it."""
 
-    keep: descent.Keep
+    keep: commands.Keep
     parts: dict[int, Contents] = field(default_factory=dict)
     dropped: bool = False
 
@@ -111,7 +73,7 @@ class Coordinator:
         self,
         listener: Listener,
         fleet: Callable[[Any], Fleet],
-        decisions: Descent,
+        decisions: Decisions,
         rates: Rates,
         observer: Observer,
         terms: Terms,
@@ -319,7 +281,9 @@ class Coordinator:
                 self._welcome(waiting_peer, hello)
 
     def _applied(self, peer: bytes, message: Applied, incoming: Incoming) -> None:
-        self.fleet.applied(message)
+        numbers = self.fleet.applied(message)
+        if numbers is not None:
+            self._obey(self.decisions.answered(message.version, numbers))
 
     def _squares(self, peer: bytes, message: Squares, incoming: Incoming) -> None:
         self.fleet.squares(message)
@@ -357,14 +321,14 @@ class Coordinator:
 
     # --- what was decided -----------------------------------------------------------------------
 
-    def _obey(self, commands: Sequence[Command]) -> None:
-        for command in commands:
+    def _obey(self, decided: Sequence[Command]) -> None:
+        for command in decided:
             self._CARRY_OUT[type(command)](self, command)
 
-    def _give(self, command: descent.Give) -> None:
+    def _give(self, command: commands.Give) -> None:
         self._send(self.members[command.worker].peer, command.lease)
 
-    def _apply(self, command: descent.Apply) -> None:
+    def _apply(self, command: commands.Apply) -> None:
         self.fleet.commit(
             Commit(
                 command.version, command.pushes, command.divide, command.staleness,
@@ -374,23 +338,28 @@ class Coordinator:
         self.rates.advance()
         self.observer.committed(command)
 
-    def _keep(self, command: descent.Keep) -> None:
+    def _operate(self, command: commands.Operate) -> None:
+        self.fleet.commit(
+            Commit(command.version, command.pushes, command.divide, operations=command.operations)
+        )
+
+    def _keep(self, command: commands.Keep) -> None:
         self.fleet.snapshot(command.number)
         self.observer.kept(command)
         if self.observer.wants_state(command):
             self._pulling[command.number] = _Pulling(command)
             self.fleet.pull_state(command.number)
 
-    def _drop(self, command: descent.Drop) -> None:
+    def _drop(self, command: commands.Drop) -> None:
         if command.snapshot in self._pulling:
             self._pulling[command.snapshot].dropped = True
         else:
             self.fleet.release(command.snapshot)
 
-    def _finish(self, command: descent.Finish) -> None:
+    def _finish(self, command: commands.Finish) -> None:
         self.finished = True
 
-    def _fail(self, command: descent.Fail) -> None:
+    def _fail(self, command: commands.Fail) -> None:
         raise LossError(command.reason)
 
     def _send(self, peer: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:
@@ -402,13 +371,15 @@ class Coordinator:
         Refusal: _refusal,
     }  # fmt: skip
     _CARRY_OUT: ClassVar[dict[type, Callable[[Coordinator, Any], None]]] = {
-        descent.Give: _give,
-        descent.Apply: _apply,
-        descent.Forget: lambda self, each: self.fleet.forget(each.worker, each.sequences),
-        descent.Keep: _keep,
-        descent.Drop: _drop,
-        descent.Validated: lambda self, each: self.observer.validated(each),
-        descent.Note: lambda self, each: self.observer.noted(each.kind, dict(each.fields)),
-        descent.Finish: _finish,
-        descent.Fail: _fail,
+        commands.Give: _give,
+        commands.Apply: _apply,
+        commands.Operate: _operate,
+        commands.Stepped: lambda self, each: self.observer.committed(each),
+        commands.Forget: lambda self, each: self.fleet.forget(each.worker, each.sequences),
+        commands.Keep: _keep,
+        commands.Drop: _drop,
+        commands.Validated: lambda self, each: self.observer.validated(each),
+        commands.Note: lambda self, each: self.observer.noted(each.kind, dict(each.fields)),
+        commands.Finish: _finish,
+        commands.Fail: _fail,
     }

@@ -165,6 +165,10 @@ class Descent:
             commands.append(Forget(worker, of if worker in self._roster.members else None))
         return self._settle(commands)
 
+    def answered(self, version: int, numbers: tuple[float, ...]) -> list[Command]:
+        """Nothing is asked of the shards here."""
+        return []
+
     def keep(self) -> list[Command]:
         """A snapshot now, to be saved; it is not validated, and nobody drops it but who asked."""
         return [self._keep(self._supply.epoch)]
@@ -178,6 +182,10 @@ class Descent:
     def workers(self) -> dict[int, dict[str, Any]]:
         """Pushes, samples, mean seconds and dropped pushes of every worker there was."""
         return {worker: speed.plain() for worker, speed in self.tally.workers.items()}
+
+    def more(self) -> dict[str, Any]:
+        """Nothing beside these."""
+        return {}
 
     def outstanding(self) -> list[dict[str, Any]]:
         """The leases in workers' hands."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from wagontrain.errors import TrainingError, WorkerError
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.job import Job
 from wagontrain.servers.messages import Hello, Message
+from wagontrain.servers.operations import Reduction, reductions
 from wagontrain.servers.orders import (
     Applied,
     Commit,
@@ -65,6 +66,14 @@ class _Norm:
     squares: dict[int, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Asked:
+    """A commit whose operations find something out; a shard or its mirror may tell it."""
+
+    reductions: list[Reduction]
+    numbers: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+
 class Fleet:
     """All shards of a job.
 
@@ -97,6 +106,7 @@ class Fleet:
         self._log: deque[Commit] = deque(maxlen=_LOG)
         self._waiting: deque[_Norm | Message] = deque()
         self._kept: set[int] = set()
+        self._asked: dict[int, _Asked] = {}
         self._numbers = 0
 
     @property
@@ -241,14 +251,26 @@ class Fleet:
         else:
             self._tell(message)
 
-    def applied(self, message: Applied) -> None:
-        """A shard has applied a commit."""
+    def applied(self, message: Applied) -> tuple[float, ...] | None:
+        """A shard has applied a commit.
+
+        Returns:
+            What its operations found out, of all shards together, once the last one has told.
+        """
         shard = self.shards[message.index]
-        if message.mirror:
-            return
-        shard.applied = max(shard.applied, message.version)
-        shard.seconds += message.seconds
-        shard.lost += message.lost
+        if not message.mirror:
+            shard.applied = max(shard.applied, message.version)
+            shard.seconds += message.seconds
+            shard.lost += message.lost
+        asked = self._asked.get(message.version)
+        if asked is None:
+            return None
+        asked.numbers[message.index] = message.numbers
+        if len(asked.numbers) < len(self.shards):
+            return None
+        del self._asked[message.version]
+        parts = zip(*(asked.numbers[index] for index in sorted(asked.numbers)), strict=True)
+        return tuple(one(each) for one, each in zip(asked.reductions, parts, strict=True))
 
     def squares(self, message: Squares) -> None:
         """A shard's part of the norm that the first commit in line waits for."""
@@ -263,7 +285,7 @@ class Fleet:
         # As torch.nn.utils.clip_grad_norm_ has it.
         factor = min(1.0, self._largest_norm / (norm + 1e-6))
         self._waiting.popleft()
-        self._apply(_with_factor(head.commit, factor))
+        self._apply(replace(head.commit, factor=factor))
         while self._waiting:
             head = self._waiting[0]
             if isinstance(head, _Norm):
@@ -279,6 +301,8 @@ class Fleet:
     def _apply(self, commit: Commit) -> None:
         self.version = commit.version
         self._log.append(commit)
+        if commit.operations:
+            self._asked[commit.version] = _Asked(reductions(commit.operations))
         self._tell(commit)
 
     def _tell(self, message: Message) -> None:
@@ -289,9 +313,3 @@ class Fleet:
         for shard in self.shards:
             if shard.ready:
                 self._send(shard.peer, message, ())
-
-
-def _with_factor(commit: Commit, factor: float) -> Commit:
-    return Commit(
-        commit.version, commit.pushes, commit.divide, commit.staleness, commit.groups, factor
-    )

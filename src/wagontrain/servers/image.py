@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
 from wagontrain.objective import require_elementwise
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.job import Job
 from wagontrain.servers.model import entries_of
 from wagontrain.servers.parts import PARAMETERS, Buffer, Part, divide, region_of
+from wagontrain.servers.vectors import RULE as VECTORS
 from wagontrain.state import Held, Source, Training
 from wagontrain.task import Task
 
@@ -37,16 +39,21 @@ class Image:
 
     def __init__(self, task: Task, shards: int, rule: str) -> None:
         self.model = task.build_model()
-        self.optimizer = task.build_optimizer(self.model)
+        self.optimizer = task.build_optimizer(self.model, closures=rule == VECTORS)
         self.scheduler = task.build_scheduler(self.optimizer)
-        require_elementwise(self.optimizer)
+        if rule != VECTORS:
+            require_elementwise(self.optimizer)
         self.entries = entries_of(self.model, self.optimizer)
         self.parts = divide(self.entries, shards)
         self.rule = rule
         self._seed = task.seed
 
     def jobs(
-        self, groups: Sequence[dict[str, Any]], settings: dict[str, Any], files: Path | None
+        self,
+        groups: Sequence[dict[str, Any]],
+        settings: dict[str, Any],
+        files: Path | None,
+        most: int = 64,
     ) -> list[Job]:
         """What each shard is to hold.
 
@@ -54,13 +61,14 @@ class Image:
             groups: settings of each group of parameters.
             settings: of the rule.
             files: folder in which shards keep their state now and then; None for nowhere.
+            most: pushes of one worker that may be put aside at a time.
         """
         if files is not None:
             files.mkdir(exist_ok=True)
         return [
             Job(
                 index, len(self.parts), tuple(parts), self.rule, settings,
-                type(self.optimizer).__name__, tuple(groups), seed=self._seed,
+                type(self.optimizer).__name__, tuple(groups), seed=self._seed, most=most,
                 file="" if files is None else str(files / f"shard-{index}.safetensors"),
             )
             for index, parts in enumerate(self.parts)
@@ -91,7 +99,7 @@ class Image:
         if not self.optimizer.state or self.rule != "optimizer":
             return made
         parameters = dict(self.model.named_parameters())
-        for at, part in enumerate(_updated(parts)):
+        for at, part in enumerate(updated(parts)):
             for key, value in self.optimizer.state.get(parameters[part.name], {}).items():
                 if value is not None:
                     made.tensors[f"state.{at}.{key}"] = _cut(value, parameters[part.name], part)
@@ -101,8 +109,13 @@ class Image:
         ]
         return made
 
-    def take(self, kept: Sequence[Contents]) -> Held:
-        """The state that the shards together have, by the plain model's names."""
+    def take(self, kept: Sequence[Contents], memory: Any = None) -> Held:
+        """The state that the shards together have, by the plain model's names.
+
+        Args:
+            kept: of each shard.
+            memory: what the decisions keep beside that.
+        """
         tensors = self.model.state_dict()
         parameters = dict(self.model.named_parameters())
         for parts, content in zip(self.parts, kept, strict=True):
@@ -112,7 +125,7 @@ class Image:
             for part, view in zip(buffer.parts, buffer.views, strict=True):
                 tensors[part.name].reshape(-1)[part.start : part.stop] = view
             if self.rule == "optimizer":
-                for at, part in enumerate(_updated(parts)):
+                for at, part in enumerate(updated(parts)):
                     self._take_state(parameters[part.name], part, at, content)
         return self.training.held()
 
@@ -131,7 +144,7 @@ class Image:
             state[key].reshape(-1)[part.start : part.stop] = value
 
 
-def _updated(parts: Sequence[Part]) -> list[Part]:
+def updated(parts: Sequence[Part]) -> list[Part]:
     """Those that have optimizer state, in the order in which a shard counts them."""
     return [part for part in parts if region_of(part.group) == PARAMETERS]
 
@@ -141,3 +154,21 @@ def _cut(state: Any, parameter: Tensor, part: Part) -> Tensor:
     if value.shape != parameter.shape:
         return value
     return value.detach().reshape(-1)[part.start : part.stop].clone()
+
+
+def refuse_batch_norm(model: nn.Module, instead: str) -> None:
+    """Refuse a model that looks at the whole batch, of which workers of servers see a part.
+
+    Args:
+        model: the model.
+        instead: what else the user may do.
+
+    Raises:
+        UsageError: a layer is batch norm.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            raise UsageError(
+                f"{name!r} is batch norm, which looks at the whole batch, and workers of a "
+                f"parameter server do not see each other's samples: {instead}"
+            )

@@ -76,6 +76,12 @@ class Course:
         epoch, within = divmod(position, self.samples)
         return epoch * self.steps_of_epoch + within // self.batch_size
 
+    def batch(self, step: int) -> range:
+        """The positions of a global batch: what `step_at` gives this step for."""
+        epoch, within = divmod(step, self.steps_of_epoch)
+        start = epoch * self.samples + within * self.batch_size
+        return range(start, min(start + self.batch_size, (epoch + 1) * self.samples))
+
     def reached(self) -> Reached:
         """Where training is if its first steps were one whole batch each, in order.
 

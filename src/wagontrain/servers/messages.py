@@ -114,6 +114,7 @@ class Lease:
         share, shares: which of how many equal shares of that batch this is.
         version: commits that the parameters have to contain at least.
         snapshot: the snapshot to pull parameters of, where not the live ones.
+        alone: its gradient is to be pushed by itself, and at once.
     """
 
     number: int
@@ -126,6 +127,7 @@ class Lease:
     shares: int = 1
     version: int = 0
     snapshot: int | None = None
+    alone: bool = False
     kind: Literal["lease"] = "lease"
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from wagontrain.servers.operations import Operation
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -53,7 +55,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Commit:
-    """Apply gradients that were put aside, as one update.
+    """Apply gradients that were put aside, as one update, or operations on vectors.
 
     Args:
         version: of the parameters afterwards: one more than before.
@@ -62,6 +64,7 @@ class Commit:
         staleness: commits between the parameters the gradient was taken at and this one.
         groups: hyperparameters of each group of parameters.
         factor: what the gradient is multiplied by: clipping.
+        operations: what is done instead of an update.
     """
 
     version: int
@@ -70,6 +73,7 @@ class Commit:
     staleness: int = 0
     groups: tuple[dict[str, Any], ...] = ()
     factor: float = 1.0
+    operations: tuple[Operation, ...] = ()
     kind: Literal["commit"] = "commit"
 
 
@@ -82,6 +86,7 @@ class Applied:
         seconds: of work.
         lost: pushes of it that were not there any more; it changed nothing here then.
         mirror: whether it is a mirror that says so.
+        numbers: what its operations found out.
     """
 
     index: int
@@ -89,6 +94,7 @@ class Applied:
     seconds: float = 0.0
     lost: int = 0
     mirror: bool = False
+    numbers: tuple[float, ...] = ()
     kind: Literal["applied"] = "applied"
 
 

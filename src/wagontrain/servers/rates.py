@@ -38,7 +38,8 @@ class Rates:
     def advance(self) -> None:
         """One update was made."""
         if self.scheduler is not None:
-            self.optimizer.step()  # without gradients: moves nothing, but schedulers count it
+            # Without gradients: moves nothing, but schedulers count it. LBFGS asks for a loss.
+            self.optimizer.step(lambda: 0.0)
             self.scheduler.step()
 
 

@@ -14,11 +14,11 @@ import torch
 from wagontrain import checkpoint
 from wagontrain.errors import LossError
 from wagontrain.objective import not_finite
-from wagontrain.servers import descent
+from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
-from wagontrain.servers.coordinator import Member, Observer
-from wagontrain.servers.descent import Descent
+from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.image import Image
+from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.site import Site
 from wagontrain.strategy import Strategy
 from wagontrain.task import Task
@@ -45,7 +45,7 @@ class Record(Observer):
         strategy: Strategy,
         image: Image,
         site: Site,
-        decisions: Descent,
+        decisions: Decisions,
     ) -> None:
         self.task = task
         self.strategy = strategy
@@ -68,7 +68,7 @@ class Record(Observer):
         self._began = self._last = time.perf_counter()
         self._first: float | None = None
 
-    def committed(self, apply: descent.Apply) -> None:
+    def committed(self, apply: commands.Apply | commands.Stepped) -> None:
         """An update was decided on."""
         now = time.perf_counter()
         self._first = self._last if self._first is None else self._first
@@ -87,10 +87,11 @@ class Record(Observer):
             data_seconds=0.0,
             sent=None,
             staleness=apply.staleness,
+            **(apply.more if isinstance(apply, commands.Stepped) else {}),
         )
         self._last = now
 
-    def validated(self, result: descent.Validated) -> None:
+    def validated(self, result: commands.Validated) -> None:
         """A validation is complete."""
         self.values = dict(result.values)
         self.events.send(
@@ -104,7 +105,7 @@ class Record(Observer):
         """A worker has given a sign of life."""
         self._members[member.number] = (member.sent, member.memory)
 
-    def kept(self, keep: descent.Keep) -> None:
+    def kept(self, keep: commands.Keep) -> None:
         """A snapshot is taken."""
         self._versions[keep.number] = keep.version
 
@@ -118,14 +119,14 @@ class Record(Observer):
             self._here -= 1
         self.events.send(kind.replace(" ", "_"), **fields)
 
-    def wants_state(self, keep: descent.Keep) -> bool:
+    def wants_state(self, keep: commands.Keep) -> bool:
         """After the last epoch always; epochs of a few steps are taken together."""
         every = max(1, STEPS_BETWEEN_SAVES // self.task.steps_per_epoch)
         return keep.final or (keep.epoch + 1) % every == 0
 
-    def state(self, keep: descent.Keep, parts: list[Contents]) -> None:
+    def state(self, keep: commands.Keep, parts: list[Contents]) -> None:
         """Write a checkpoint that any strategy can resume from."""
-        held = self.image.take(parts)
+        held = self.image.take(parts, keep.memory)
         spoiled = not_finite(held.tensors)
         if spoiled:
             raise LossError(
@@ -208,6 +209,7 @@ class Record(Observer):
             "lost": self.lost(),
             "staleness": self.decisions.staleness(),
             "workers": self.decisions.workers(),
+            **self.decisions.more(),
             "versions": {
                 "wagontrain": __version__,
                 "torch": torch.__version__,

@@ -244,7 +244,8 @@ class Server:
                 continue
             seconds = time.perf_counter() - began
             lost, mirror = shard.lost - lost, index != self.index
-            self.line.send(Applied(index, message.version, seconds, lost, mirror))
+            numbers = tuple(shard.numbers)
+            self.line.send(Applied(index, message.version, seconds, lost, mirror, numbers))
         self.answers.go_on()
 
     def _keep(self, message: Snapshot) -> None:

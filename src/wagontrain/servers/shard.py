@@ -24,6 +24,8 @@ from wagontrain.servers.rules import State
 from wagontrain.servers.staging import Gradient, Name, Staging
 from wagontrain.servers.tables import KeptRows, Rows, summed
 from wagontrain.servers.updating import Updater
+from wagontrain.servers.vectors import RULE as VECTORS
+from wagontrain.servers.vectors import Vectors
 
 _FETCHED = 4
 """Versions kept of what a worker fetched: more than it has under way."""
@@ -56,6 +58,7 @@ class Shard:
         newest: number of the last one taken.
         forgiving: whether pushes may be missing, because it has lost some.
         lost: how many were missing so far.
+        numbers: what the operations of the last commit found out.
     """
 
     def __init__(self, job: Job) -> None:
@@ -67,6 +70,7 @@ class Shard:
         self.newest = -1
         self.forgiving = False
         self.lost = 0
+        self.numbers: list[float] = []
         if job.tables and job.rule == "dc-asgd":
             raise UsageError(
                 "dc-asgd keeps what each worker fetched, but not of rows of tables: use "
@@ -76,12 +80,20 @@ class Shard:
         for group in (*members, *(table.group for table in job.tables)):
             if not 0 <= group < len(job.groups):
                 raise UsageError(f"there is no group {group} of parameters, of {len(job.groups)}")
-        self.updater = Updater(job.rule, job.optimizer, job.groups, self.values.parameters, members)
+        self.vectors = Vectors(job.parts) if job.rule == VECTORS else None
+        self.updater: Updater | Vectors = self.vectors or Updater(
+            job.rule, job.optimizer, job.groups, self.values.parameters, members
+        )
         self.tables = {}
         for table in job.tables:
             rule = rules.rule_of_tables(job.rule, job.optimizer, job.groups[table.group])
             self.tables[table.name] = Rows(table, rule, job.index, job.shards, job.seed)
         self._fetched: dict[int, dict[int, list[Tensor]]] = {}
+
+    @property
+    def _rule(self) -> Updater:
+        assert isinstance(self.updater, Updater)
+        return self.updater
 
     def table(self, name: str) -> Rows:
         """A table's rows.
@@ -146,7 +158,8 @@ class Shard:
         """Apply pushes as one update; False if that was done before.
 
         Raises:
-            WorkerError: a push is missing, or a commit before this one; nothing was changed.
+            WorkerError: a push is missing, or a commit before this one; nothing was changed. Or
+                operations cannot be carried out.
         """
         if commit.version <= self.version:
             return False
@@ -165,9 +178,14 @@ class Shard:
                 f"{commit.factor}: no update is made of that"
             )
         self.updater.refresh(commit.groups)
-        if gradients:
+        self.numbers = []
+        if self.vectors is not None:
+            self._operate(self.vectors, commit, gradients)
+        elif commit.operations:
+            raise WorkerError(f"shard {self.job.index} has no vectors to operate on")
+        elif gradients:
             if self.values.make_way():
-                self.updater.move(self.values.parameters)
+                self._rule.move(self.values.parameters)
             self._apply_rows(commit, gradients)
             self._apply(commit, gradients)
             self._assign(gradients)
@@ -175,13 +193,16 @@ class Shard:
         self.version = commit.version
         return True
 
+    def _operate(self, vectors: Vectors, commit: Commit, gradients: Sequence[Gradient]) -> None:
+        total = _sum(commit, gradients) if gradients else None
+        if vectors.moves(commit.operations):
+            self.values.make_way()
+        self.numbers = vectors.run(commit.operations, self.values.now, total)
+        if gradients:
+            self._assign(gradients)
+
     def _apply(self, commit: Commit, gradients: Sequence[Gradient]) -> None:
-        total = gradients[0].buffer  # is free afterwards, so the sum may be made in it
-        for other in gradients[1:]:
-            for own, more in zip(total.runs, other.buffer.runs, strict=True):
-                own.add_(more)
-        for run in total.runs:
-            _scale(run, commit)
+        total = _sum(commit, gradients)
         missing = set(gradients[0].without).intersection(*(each.without for each in gradients))
         changes = [
             None if part.name in missing else view
@@ -190,12 +211,12 @@ class Shard:
         ]
         if self.job.rule == "dc-asgd":
             self._compensate(commit, changes)
-        self.updater.apply(changes, commit.staleness)
+        self._rule.apply(changes, commit.staleness)
 
     def _apply_rows(self, commit: Commit, gradients: Sequence[Gradient]) -> None:
         for table, ids, total in self._touched(gradients):
             _scale(total, commit)
-            settings = self.updater.groups[table.table.group]
+            settings = self._rule.groups[table.table.group]
             if self.job.rule == "staleness-aware":
                 settings = rules.delayed(settings, commit.staleness)
             for kept in self.kept.values():
@@ -229,7 +250,7 @@ class Shard:
         if taken_at not in own:  # fetched before this process took the place of another
             return
         strength = float(self.job.settings.get("strength", 0.04))
-        for change, value, then in zip(changes, self.updater.values, own[taken_at], strict=True):
+        for change, value, then in zip(changes, self._rule.values, own[taken_at], strict=True):
             if change is not None:
                 rules.compensate(change, value, then, strength)
         self._fetched[worker] = {at: own[at] for at in own if at >= taken_at}
@@ -259,7 +280,7 @@ class Shard:
         held = (fetched.get(self.version) for fetched in self._fetched.values())
         copies = next((each for each in held if each is not None), None)
         own = self._fetched.setdefault(worker, {})
-        own[self.version] = copies or [value.clone() for value in self.updater.values]
+        own[self.version] = copies or [value.clone() for value in self._rule.values]
         while len(own) > _FETCHED:
             del own[min(own)]
 
@@ -304,6 +325,17 @@ class Shard:
         if number not in self.kept:
             raise WorkerError(f"shard {self.job.index} has no snapshot {number}")
         return self.kept[number]
+
+
+def _sum(commit: Commit, gradients: Sequence[Gradient]) -> Buffer:
+    """The gradient that pushes make together, divided and multiplied as the commit says."""
+    total = gradients[0].buffer  # is free afterwards, so the sum may be made in it
+    for other in gradients[1:]:
+        for own, more in zip(total.runs, other.buffer.runs, strict=True):
+            own.add_(more)
+    for run in total.runs:
+        _scale(run, commit)
+    return total
 
 
 def _scale(gradient: Tensor, commit: Commit) -> None:

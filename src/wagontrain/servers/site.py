@@ -7,8 +7,10 @@ from typing import Any
 
 from wagontrain.events import Events
 from wagontrain.folder import RunFolder
+from wagontrain.servers.leases import Course
 from wagontrain.servers.wire import Listener
 from wagontrain.state import Source
+from wagontrain.task import Task
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,11 @@ class Site:
     steps: int | None = None
     source: Source | None = None
     first_step: int = 0
+
+    def course(self, task: Task, first_step: int) -> Course:
+        """What there is to train, from a step on."""
+        validation = 0 if task.validation is None else len(task.validation)  # type: ignore[arg-type]
+        return Course(
+            task.samples, task.batch_size, task.epochs, self.steps, validation,
+            min(task.batch_size, max(1, validation)), first_step,
+        )  # fmt: skip

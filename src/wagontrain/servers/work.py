@@ -36,6 +36,7 @@ class Habits:
         clip: norm to which the gradient of a lease is clipped here.
         elastic: of EASGD: what part of the way to the servers' parameters a worker goes, and they
             to its; None where gradients are pushed.
+        ahead: whether the next lease is asked for before this one is worked on.
     """
 
     push_every: int = 1
@@ -44,6 +45,7 @@ class Habits:
     together: bool = False
     clip: float | None = None
     elastic: float | None = None
+    ahead: bool = True
 
 
 def fingerprint(task: Task, device: torch.device) -> str:
@@ -85,7 +87,7 @@ class Worker:
         self.training = Batches.of_training(task, device)
         self.validation = Batches.of_validation(task, device)
         model = task.build_model().to(device)
-        self.optimizer = task.build_optimizer(model)
+        self.optimizer = task.build_optimizer(model, closures=True)
         self.flat = FlatModel(
             model, entries_of(model, self.optimizer), len(client.welcome.shards), client.memory
         )
@@ -127,11 +129,14 @@ class Worker:
                 lease = client.lease(1.0)
                 if lease is None:
                     continue
-            client.ask()
+            if self.habits.ahead:
+                client.ask()
             if lease.purpose == "validate":
                 self._validate(lease)
             else:
                 self._train(lease)
+            if not self.habits.ahead:
+                client.ask()
 
     def _slices(self, whole: Whole, regions: int = PUSHED) -> Any:
         return lambda shard: whole.slices(shard, regions)
@@ -208,7 +213,7 @@ class Worker:
     def _backward(self, batch: Batch, lease: Lease) -> tuple[float, float]:
         """Add the gradient of the summed loss; returns what it counts for, and the sum."""
         self.model.train()
-        torch.manual_seed(mix(self.task.seed, "step", lease.step, lease.share))
+        torch.manual_seed(mix(self.task.seed, "step", lease.step, lease.start, lease.share))
         total_weight, total_loss = 0.0, 0.0
         for micro in batch.micro_batches:
             weight = self.objective.weight(micro)

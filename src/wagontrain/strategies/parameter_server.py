@@ -28,17 +28,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
 
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.servers.client import Client
 from wagontrain.servers.contract import Crewed
 from wagontrain.servers.coordinator import Coordinator
-from wagontrain.servers.descent import Course, Descent, Gate, Reached
+from wagontrain.servers.descent import Descent, Gate, Reached
 from wagontrain.servers.elastic import ElasticWorker
 from wagontrain.servers.fleet import Fleet
-from wagontrain.servers.image import Image
+from wagontrain.servers.image import Image, refuse_batch_norm
 from wagontrain.servers.rates import Rates, with_less_momentum
 from wagontrain.servers.record import Record
 from wagontrain.servers.site import Site
@@ -161,7 +160,10 @@ class ParameterServer(Crewed):
         """Who decides, and who keeps what happens."""
         image = Image(task, self.servers, self.rule)
         if self.exact:
-            _refuse_batch_norm(image.model)
+            refuse_batch_norm(
+                image.model,
+                "use data-parallel for exact training, or consistency=asynchronous",
+            )
         first_step, reached = site.first_step, None
         if site.source is not None:
             image.restore(site.source)
@@ -170,7 +172,7 @@ class ParameterServer(Crewed):
                 position, gaps = site.source.plain["reached"]
                 reached = Reached(position, tuple((start, stop) for start, stop in gaps))
         rates = Rates(image.optimizer, image.scheduler, self._change(site.workers))
-        decisions = Descent(self._course(task, site, first_step), self._gate(), reached)
+        decisions = Descent(site.course(task, first_step), self._gate(), reached)
         files = None if self.replicas else site.folder.path.absolute() / "servers"
         jobs = image.jobs(rates.now(), {"strength": self.compensation}, files)
         clip = task.clip_grad_norm if self.together else None
@@ -202,13 +204,6 @@ class ParameterServer(Crewed):
             return Gate("stale-synchronous", int(self.consistency[4:]), 0, self.warm_start)
         return Gate("asynchronous", warm_start=self.warm_start)
 
-    def _course(self, task: Task, site: Site, first_step: int) -> Course:
-        validation = 0 if task.validation is None else len(task.validation)  # type: ignore[arg-type]
-        return Course(
-            task.samples, task.batch_size, task.epochs, site.steps, validation,
-            min(task.batch_size, max(1, validation)), first_step,
-        )  # fmt: skip
-
     def _change(self, workers: int) -> Any:
         def change(group: dict[str, Any]) -> dict[str, Any]:
             changed = dict(group)
@@ -225,13 +220,3 @@ class ParameterServer(Crewed):
 
 _ADAGRAD = 10.0
 """Times the task's rate for Adagrad at the servers (Dean et al. 2012, section 4.1)."""
-
-
-def _refuse_batch_norm(model: nn.Module) -> None:
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            raise UsageError(
-                f"{name!r} is batch norm, which looks at the whole batch, and workers of a "
-                "parameter server do not see each other's samples: use data-parallel for exact "
-                "training, or consistency=asynchronous"
-            )

@@ -1,0 +1,143 @@
+"""Sandblaster with one slow host of four: small portions against equal ones.
+
+    python benchmarks/sandblaster.py --name sandblaster
+
+Full-batch L-BFGS of LeNet on a test bed, `wagontrain run` in each host under torchrun's variables.
+One host has a quarter of the others' cores. Small portions (10 for each worker) and equal ones (1)
+take turns, fresh processes each time; the same with four equal hosts says what the slow one costs.
+What counts is the time of one evaluation of the whole batch with all that belongs to it, over all
+steps but the first, in which processes start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import wagontrain as wt
+from benchmarks.harness import RESULTS, ROOT, origin, prepare
+from wagontrain.testbed.bed import Bed, Shape
+from wagontrain.testbed.run import run
+
+
+def task() -> wt.Task:
+    """LeNet on all digits at once, in steps of a few iterations, with nothing to validate."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import mnist
+
+    made = mnist.batch()
+    minimise = partial(made.optimizer, max_iter=5)
+    return replace(made, optimizer=minimise, validation=None, epochs=3)
+
+
+@dataclass
+class Turns:
+    """What the rounds of one way on one bed gave."""
+
+    hosts: str
+    portions: int
+    seconds: list[float] = field(default_factory=list)
+    summaries: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def take_turn(bed: Bed, turns: Turns, asked: argparse.Namespace) -> None:
+    """One run, added to its turns."""
+    lines: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "wagontrain", "run",
+            f"{ROOT / 'benchmarks' / 'sandblaster.py'}", "--strategy", "sandblaster",
+            "--set", f"portions={turns.portions}", "--run-dir", f"{folder}/R",
+        ]  # fmt: skip
+        ended = run(bed, command, say=lines.append, timeout=asked.timeout)
+        events = Path(folder) / "R" / "events.jsonl"
+        if ended.status or not events.exists():
+            turns.failures.append(f"status {ended.status}; {lines[-1] if lines else 'silent'}")
+            return
+        told = [json.loads(line) for line in events.read_text().splitlines()]
+        turns.summaries.append(json.loads((Path(folder) / "R" / "summary.json").read_text()))
+    steps = [event for event in told if event["kind"] == "step"][1:]
+    evaluations = sum(event["evaluations"] for event in steps)
+    turns.seconds.append(sum(event["seconds"] for event in steps) / evaluations)
+
+
+def measure(asked: argparse.Namespace) -> list[Turns]:
+    """All rounds on both beds."""
+    beds = {"equal": {}, "one slow": {asked.hosts - 1: asked.cpus / 4}}
+    every = [Turns(hosts, portions) for hosts in beds for portions in (10, 1)]
+    for hosts, slow in beds.items():
+        with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
+            for number in range(asked.rounds):
+                for turns in (each for each in every if each.hosts == hosts):
+                    take_turn(bed, turns, asked)
+                    said = turns.failures or f"{turns.seconds[-1] * 1e3:.0f} ms an evaluation"
+                    print(f"{hosts}, {turns.portions}, round {number + 1}: {said}", flush=True)
+    return every
+
+
+def report(every: list[Turns], asked: argparse.Namespace) -> str:
+    """The whole Markdown page."""
+    where = origin()
+    command = where["command"].replace("harness.py", "sandblaster.py")
+    base = next(each for each in every if (each.hosts, each.portions) == ("equal", 10))
+    lines = [
+        f"# {asked.name}, {time.strftime('%Y-%m-%d')}", "",
+        f"{asked.hosts} hosts of a test bed on one machine, {asked.cpus:g} core each, the slow one "
+        f"a quarter of that, links of {asked.rate}. {where['machine']}; Python {where['python']}, "
+        f"torch {where['torch']}; commit {where['commit']}.", "", f"    {command}", "",
+        f"LeNet on 4,000 digits, L-BFGS on all of them at once. Medians over {asked.rounds} "
+        "rounds; three steps of at most 5 iterations, the first not counted.", "",
+        "| hosts | portions a worker | ms an evaluation | rounds | against equal hosts "
+        "| given twice, an evaluation |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for turns in every:
+        if not turns.seconds:
+            lines.append(f"| {turns.hosts} | {turns.portions} | failed: {turns.failures} | | | |")
+            continue
+        seconds = statistics.median(turns.seconds)
+        spread = f"{min(turns.seconds) * 1e3:.0f} to {max(turns.seconds) * 1e3:.0f}"
+        ratio = f"{seconds / statistics.median(base.seconds):.2f}" if base.seconds else ""
+        told = [each["minimised"] for each in turns.summaries]
+        twice = sum(each["given_twice"] for each in told) / sum(
+            each["evaluations"] for each in told
+        )
+        lines.append(
+            f"| {turns.hosts} | {turns.portions} | **{seconds * 1e3:.0f}** | {spread} | {ratio} "
+            f"| {twice:.1f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
+    parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one turn")
+    parser.add_argument("--name", default="sandblaster", help="of the file in benchmarks/results")
+    asked = parser.parse_args()
+    prepare()
+    every = measure(asked)
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{asked.name}"
+    file.with_suffix(".md").write_text(report(every, asked))
+    print(report(every, asked))
+
+
+if __name__ == "__main__":
+    main()
