@@ -69,6 +69,9 @@ class Observer:
     def validated(self, result: descent.Validated) -> None:
         """A validation is complete."""
 
+    def pushed(self, message: Done) -> None:
+        """A gradient lies on all shards, whether it counts or not."""
+
     def noted(self, kind: str, fields: dict[str, Any]) -> None:
         """Something else that belongs among the run's events."""
 
@@ -247,6 +250,7 @@ class Coordinator:
 
     def _done(self, peer: bytes, message: Done, incoming: Incoming) -> None:
         if self._known(peer, message.worker) or not self.finished:
+            self.observer.pushed(message)
             self._obey(self.decisions.done(message))
 
     def _spoiled(self, peer: bytes, message: Spoiled, incoming: Incoming) -> None:

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from wagontrain.servers.contents import Contents
 from wagontrain.servers.coordinator import Member, Observer
 from wagontrain.servers.descent import Descent
 from wagontrain.servers.image import Image
+from wagontrain.servers.messages import Done, RowBytes
 from wagontrain.servers.site import Site
 from wagontrain.strategy import Strategy
 from wagontrain.task import Task
@@ -59,6 +61,7 @@ class Record(Observer):
         self.values: dict[str, float] = {}
         self.steps = 0
         self.samples = 0
+        self.rows = asdict(RowBytes())
         self.hosts: set[str] = set()
         self.most_workers = 0
         self._here = 0
@@ -99,6 +102,11 @@ class Record(Observer):
             step=self._versions.pop(result.snapshot),
             values=self.values,
         )
+
+    def pushed(self, message: Done) -> None:
+        """A gradient lies on all shards."""
+        for key, moved in asdict(message.rows).items():
+            self.rows[key] += moved
 
     def seen(self, member: Member) -> None:
         """A worker has given a sign of life."""
@@ -198,6 +206,7 @@ class Record(Observer):
             "samples_per_second": self.samples / max(training, 1e-9),
             "train_loss": sums[0] / sums[1] if sums else None,
             "validation": self.values,
+            "row_bytes": self.rows,
             "bytes_sent_per_rank": [sent for sent, _ in self._members.values()],
             "peak_memory_per_rank": [memory for _, memory in self._members.values()],
             "shares": None,
