@@ -409,8 +409,9 @@ def test_what_is_not_the_same_for_single_rows_is_refused(tmp_path: Path) -> None
         train(task(), tmp_path / "run", consistency="asynchronous", rule="easgd")
 
 
-def test_settings_are_told_in_the_plan(tmp_path: Path) -> None:
+def test_a_short_run_tells_its_settings_and_bytes(tmp_path: Path) -> None:
     outcome = train(task(epochs=1), tmp_path / "run", 1)
+    assert outcome.summary["bytes_sent_per_rank"][0] > 0  # also of a run that is over at once
     plan = json.loads((outcome.folder.path / "plan.json").read_text())
     assert plan["settings"]["tables"] == "item,words"
     assert plan["exact"] is True

@@ -107,10 +107,13 @@ class Record(Observer):
         """A gradient lies on all shards."""
         for key, moved in asdict(message.rows).items():
             self.rows[key] += moved
+        sent, memory = self._members.get(message.worker, (0, 0))
+        self._members[message.worker] = (sent + message.sent, memory)
 
     def seen(self, member: Member) -> None:
         """A worker has given a sign of life."""
-        self._members[member.number] = (member.sent, member.memory)
+        sent, _ = self._members.get(member.number, (0, 0))
+        self._members[member.number] = (max(sent, member.sent), member.memory)
 
     def kept(self, keep: descent.Keep) -> None:
         """A snapshot is taken."""
@@ -121,6 +124,7 @@ class Record(Observer):
         if kind == "joined":
             self.hosts.add(fields["host"])
             self._here += 1
+            self._members.setdefault(fields["worker"], (0, 0))  # it may end before its first sign
             self.most_workers = max(self.most_workers, self._here)
         elif kind == "left":
             self._here -= 1
