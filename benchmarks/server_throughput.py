@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[16, 256], help="MiB")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rate", default="1gbit", help="of the link; none leaves it out")
+    parser.add_argument("--link-size", type=int, default=16, help="MiB over the link")
     parser.add_argument("--workers", type=int, default=8, help="on one shard; 0 leaves them out")
     parser.add_argument("--seconds", type=float, default=20.0, help="that they work")
     parser.add_argument("--name", default="server-throughput", help="of the files")
@@ -203,9 +204,11 @@ def main() -> None:
         "crowd_size": 4,
         "crowd_seconds": options.seconds,
         "crowd": crowd(options.workers, 4, options.seconds) if options.workers else [],
-        "link_size": 16,
+        "link_size": options.link_size,
         "rate": options.rate,
-        "link": {} if options.rate == "none" else on_link(16, options.rounds, options.rate),
+        "link": {}
+        if options.rate == "none"
+        else on_link(options.link_size, options.rounds, options.rate),
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{options.name}"
