@@ -112,6 +112,30 @@ def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
 
 
 @pytest.mark.whole
+def test_flights_keeps_its_large_tables_on_the_servers(tmp_path: Path) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "flights.py"), "--strategy", "parameter-server", "--workers", "2",
+        "--set", "tables=auto", "--steps", "60", "--run-dir", "R", folder=tmp_path, limit=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "R" / "summary.json").read_text())
+    assert summary["validation"]["loss"] < 0.98 * summary["validation"]["loss_of_shares"]
+    moved = summary["row_bytes"]
+    assert 0 < moved["touched"] < moved["received"] <= 1.2 * moved["touched"]
+    assert moved["sent"] <= 1.2 * moved["touched"]
+
+
+def test_flights_are_told_apart_by_what_is_known_beforehand(examples: Any) -> None:
+    module = examples("flights")
+    codes, classes, counts = module.flights()
+    assert codes.shape == (327_346, len(module.KINDS))
+    assert classes.bincount().tolist() == [249_716, 49_841, 27_789]
+    assert (codes.max(0).values + 1).tolist() == counts
+    score, late = torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
+    assert module.area_under_curve(score, late) == 0.75
+
+
+@pytest.mark.whole
 # mnist on 3 workers is the README's own command: test_docs.
 @pytest.mark.parametrize(("name", "workers"), [("linear_regression", "4"), ("char_lm", "2")])
 def test_examples_train_as_one_process_does(name: str, workers: str, tmp_path: Path) -> None:

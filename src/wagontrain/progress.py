@@ -186,6 +186,13 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
         lines.append(
             f"  travelled   {size(max(sent))} sent by each worker, {size(per_step)} a step"
         )
+    rows = summary.get("row_bytes")
+    if rows and rows["touched"]:
+        up, down = rows["sent"] / rows["touched"], rows["received"] / rows["touched"]
+        lines.append(
+            f"  tables      {size(rows['touched'])} of rows touched, {down:.2f} times that "
+            f"received, {up:.2f} sent"
+        )
     staleness = summary.get("staleness")
     if staleness and staleness["max"]:
         lines.append(

@@ -736,7 +736,9 @@ def test_other_strategies_go_on_from_it_and_it_from_them(
     for name, value in began.items():
         torch.testing.assert_close(value, kept[name])
     gang.run(2, saving, other, tmp_path, 6, True)
-    assert not any(name.startswith("outer") for name in checkpoint.latest(tmp_path).reader().tensors)
+    assert not any(
+        name.startswith("outer") for name in checkpoint.latest(tmp_path).reader().tensors
+    )
     theirs = gang.run(2, weights_after, other, tmp_path, 0)[0]
     ours = gang.run(3, weights_after, local, tmp_path, 0)[0]
     for name, value in theirs.items():

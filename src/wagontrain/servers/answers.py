@@ -203,10 +203,9 @@ class Answers:
 def _too_soon(message: Question, shard: Shard) -> bool:
     """Whether the coordinator has yet to say what the question waits for."""
     if message.snapshot is None:
-        held = shard.staging.held
-        waits = isinstance(message, Pull) and message.own
-        if waits and any(worker == message.worker for worker, _ in held):
-            return True
+        if isinstance(message, Pull) and message.own:
+            waiting = any(worker == message.worker for worker, _ in shard.staging.held)
+            return waiting or message.at_least > shard.version
         return message.at_least > shard.version
     return message.snapshot > shard.newest
 

@@ -7,10 +7,11 @@ that the worker is still there.
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from os import getpid
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from wagontrain.building import peak_memory
 from wagontrain.errors import UsageError, WorkerError
-from wagontrain.servers.lines import Lines
+from wagontrain.servers.lines import Lines, RowsOf
 from wagontrain.servers.messages import (
     Ask,
     Beat,
@@ -32,6 +33,7 @@ from wagontrain.servers.messages import (
     Measured,
     Message,
     Refusal,
+    RowBytes,
     Spoiled,
     Stop,
     Unknown,
@@ -87,6 +89,7 @@ class Client:
         self._closing = threading.Event()
         self._fetching = ThreadPoolExecutor(1, "fetch")
         self._pushing = ThreadPoolExecutor(1, "push")
+        self._asking = ThreadPoolExecutor(1, "rows")
         self._lines = [Lines(network, self.welcome.shards, seconds) for _ in range(2)]
         self._heart = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self._heart.start()
@@ -189,21 +192,38 @@ class Client:
         slices: Callable[[int], Sequence[Tensor]],
         done: Done,
         without: Callable[[int], tuple[str, ...]],
+        rows: RowsOf = lambda shard: {},
     ) -> Future[None]:
         """Begin to push a gradient, and to tell the coordinator when all shards have it."""
-        return self._pushing.submit(self._push, slices, done, without)
+        return self._pushing.submit(self._push, slices, done, without, rows)
+
+    def rows(
+        self, wanted: RowsOf, at_least: int = 0, snapshot: int | None = None
+    ) -> Future[RowBytes]:
+        """Begin to fetch rows of tables into place; the result says what that moved."""
+        return self._asking.submit(self._pull_rows, wanted, at_least, snapshot)
+
+    def _pull_rows(self, wanted: RowsOf, at_least: int, snapshot: int | None) -> RowBytes:
+        if len(self._lines) < 3:  # few need them
+            self._lines.append(Lines(self._network, self.welcome.shards, self._seconds))
+        moved = self._lines[2].pull_rows(wanted, self.number, at_least, snapshot)
+        self.sent += moved.sent
+        return moved
 
     def _push(
         self,
         slices: Callable[[int], Sequence[Tensor]],
         done: Done,
         without: Callable[[int], tuple[str, ...]],
+        rows: RowsOf,
     ) -> None:
         shards = range(len(self.welcome.shards))
         sent = sum(each.nbytes for shard in shards for each in slices(shard))
-        self.sent += sent
-        self._lines[1].push(slices, done.worker, done.sequence, without)
-        self._report(replace(done, sent=sent))
+        of_rows = sum(_bytes_of(rows(shard)) for shard in shards)
+        self.sent += sent + of_rows
+        self._lines[1].push(slices, done.worker, done.sequence, without, rows)
+        moved = replace(done.rows, sent=done.rows.sent + of_rows)
+        self._report(replace(done, sent=sent + of_rows, rows=moved))
 
     def _report(self, message: Message) -> None:
         self._reports.send(message)
@@ -221,10 +241,16 @@ class Client:
         self._closing.set()
         for lines in self._lines:
             lines.closing.set()
-        for pool in (self._fetching, self._pushing):
+        for pool in (self._fetching, self._pushing, self._asking):
             pool.shutdown(wait=True, cancel_futures=True)
         self._heart.join()
         for lines in self._lines:
             lines.close()
         self._control.close()
         self._reports.close()
+
+
+def _bytes_of(rows: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """What rows add to a push: ids, gradients, and in its header their tables and counts."""
+    said = len(json.dumps({name: len(ids) for name, (ids, _) in rows.items()})) if rows else 0
+    return said + sum(ids.nbytes + gradients.nbytes for ids, gradients in rows.values())

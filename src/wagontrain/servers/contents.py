@@ -2,6 +2,7 @@
 
 values                      its bytes, region by region
 state.PART.KEY              what the update rule keeps, by number of the part
+first.NAME                  rows of a table as they are before their first update, if given
 table.NAME.KEY              rows of tables: ids, values, state
 staged.WORKER.SEQUENCE      pushes that are put aside, and .TABLE.ids, .TABLE.rows of them
 """
@@ -83,6 +84,9 @@ def contents(shard: Shard, snapshot: int | None = None) -> Contents:
         made.tensors |= {f"table.{name}.{key}": value for key, value in content.items()}
     made.plain["groups"] = shard.updater.groups
     if snapshot is None:
+        for name, rows in shard.tables.items():
+            if rows.first is not None:
+                made.tensors[f"first.{name}"] = rows.first
         _add_pushes(made, shard)
     return made
 
@@ -113,19 +117,22 @@ def take_up(shard: Shard, content: Contents) -> None:
         if own is not its:
             own.copy_(its)
     shard.version = content.version
-    if not content.plain:
-        return
     try:
+        for name, rows in shard.tables.items():
+            rows.first = content.tensors.get(f"first.{name}")
+            kept = below(content.tensors, f"table.{name}.")
+            if kept:
+                rows.fill(kept)
+        if not content.plain:
+            return
         tensors, plain = content.tensors, content.plain
         count = len(shard.updater.values)
         shard.updater.refresh(plain["groups"])
-        shard.updater.restore([_below(tensors, f"state.{at}.") for at in range(count)])
-        for name, rows in shard.tables.items():
-            rows.fill(_below(tensors, f"table.{name}."))
+        shard.updater.restore([below(tensors, f"state.{at}.") for at in range(count)])
         staging = shard.staging
         staging.gone = set(plain.get("gone", ()))
-        for worker, (below, *more) in plain.get("settled", {}).items():
-            staging.settled[int(worker)] = Settled(below, more)
+        for worker, (first, *more) in plain.get("settled", {}).items():
+            staging.settled[int(worker)] = Settled(first, more)
         for worker, sequence, without, tables in plain.get("staged", ()):
             name = f"staged.{worker}.{sequence}"
             slot = staging.slot()
@@ -135,11 +142,12 @@ def take_up(shard: Shard, content: Contents) -> None:
                 for table in tables
             }
             staging.held[worker, sequence] = Gradient(slot, tuple(without), pushed)
-    except (KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
         raise WorkerError(f"a state is none of shard {shard.job.index}: {error}") from None
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins so, without that beginning."""
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()

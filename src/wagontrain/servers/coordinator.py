@@ -209,6 +209,7 @@ class Coordinator:
 
     def _done(self, peer: bytes, message: Done, incoming: Incoming) -> None:
         if self._known(peer, message.worker) or not self.finished:
+            self.observer.pushed(message)
             self._obey(self.decisions.done(message))
 
     def _spoiled(self, peer: bytes, message: Spoiled, incoming: Incoming) -> None:

@@ -172,7 +172,7 @@ class Fleet:
 
     def _fill(self, index: int, process: Shard) -> None:
         content = self._first(index)
-        fill = Fill(self._begun, index, content.announced() if content.plain else {})
+        fill = Fill(self._begun, index, content.announced())
         self._send(process.peer, fill, [*content.values, *content.tensors.values()])
 
     def knows(self, peer: bytes) -> bool:

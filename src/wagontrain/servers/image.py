@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
 from wagontrain.objective import require_elementwise
+from wagontrain.servers import placing
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.job import Job
 from wagontrain.servers.model import entries_of
 from wagontrain.servers.parts import PARAMETERS, Buffer, Part, divide, region_of
+from wagontrain.servers.table_images import TableImages
 from wagontrain.servers.vectors import RULE as VECTORS
 from wagontrain.state import Held, Source, Training
 from wagontrain.task import Task
@@ -32,18 +34,25 @@ class Image:
         task: what is trained.
         shards: over how many servers.
         rule: of the servers; only the task's own optimizer leaves state for others to go on from.
+        tables: which layers have their tables on the servers, see `placing.chosen`.
 
     Raises:
         TaskError: the optimizer looks at whole tensors, or a tensor is no plain one.
+        UsageError: a table cannot be on the servers.
     """
 
-    def __init__(self, task: Task, shards: int, rule: str) -> None:
-        self.model = task.build_model()
+    def __init__(self, task: Task, shards: int, rule: str, tables: str = "") -> None:
+        placed = placing.build(task, tables, whole=not tables or placing.fit_here(task))
+        self.model = placed.model
         self.optimizer = task.build_optimizer(self.model, closures=rule == VECTORS)
         self.scheduler = task.build_scheduler(self.optimizer)
         if rule != VECTORS:
             require_elementwise(self.optimizer)
-        self.entries = entries_of(self.model, self.optimizer)
+        found = placed.tables(self.optimizer)
+        placing.require_rules(rule, self.optimizer, found)
+        self.tables = TableImages(found, self.model, self.optimizer, placed.whole, rule)
+        without = [table.name for table in found]
+        self.entries = entries_of(self.model, self.optimizer, without)
         self.parts = divide(self.entries, shards)
         self.rule = rule
         self._seed = task.seed
@@ -68,7 +77,8 @@ class Image:
         return [
             Job(
                 index, len(self.parts), tuple(parts), self.rule, settings,
-                type(self.optimizer).__name__, tuple(groups), seed=self._seed, most=most,
+                type(self.optimizer).__name__, tuple(groups), self.tables.all, self._seed,
+                most=most,
                 file="" if files is None else str(files / f"shard-{index}.safetensors"),
             )
             for index, parts in enumerate(self.parts)
@@ -77,8 +87,13 @@ class Image:
     @property
     def training(self) -> Training:
         """All that has state."""
-        layouts = {name: Layout.whole(value) for name, value in self.model.state_dict().items()}
-        return Training(self.model, layouts, self.optimizer, self.scheduler)
+        layouts = {
+            name: Layout.whole(value)
+            for name, value in self.model.state_dict().items()
+            if not value.is_meta
+        }
+        more = self.tables.more
+        return Training(self.model, layouts, self.optimizer, self.scheduler, more=more)
 
     def restore(self, source: Source) -> None:
         """Take up a checkpoint's state, scheduler included.
@@ -87,6 +102,7 @@ class Image:
             UsageError: it is of another model.
         """
         self.training.restore(source)
+        self.tables.restored(source)
 
     def part(self, index: int) -> Contents:
         """The state that one shard begins with."""
@@ -95,7 +111,7 @@ class Image:
         tensors = self.model.state_dict()
         for part, view in zip(buffer.parts, buffer.views, strict=True):
             view.copy_(tensors[part.name].reshape(-1)[part.start : part.stop])
-        made = Contents(0, buffer.regions)
+        made = Contents(0, buffer.regions, self.tables.part(index, len(self.parts)))
         if not self.optimizer.state or self.rule != "optimizer":
             return made
         parameters = dict(self.model.named_parameters())
@@ -127,6 +143,7 @@ class Image:
             if self.rule == "optimizer":
                 for at, part in enumerate(updated(parts)):
                     self._take_state(parameters[part.name], part, at, content)
+        self.tables.take(kept)
         return self.training.held()
 
     def _take_state(self, parameter: Tensor, part: Part, at: int, content: Contents) -> None:

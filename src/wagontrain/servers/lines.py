@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import zmq
 from torch import Tensor
 
 from wagontrain.errors import LossError, WorkerError
-from wagontrain.servers.messages import Message, Pull, Push, Refusal, Staged, Values
+from wagontrain.servers.messages import (
+    Message,
+    Pull,
+    PullRows,
+    Push,
+    Refusal,
+    RowBytes,
+    Rows,
+    Staged,
+    Values,
+    encode,
+)
 from wagontrain.servers.wire import Incoming, Line, Network
 
 _POLL = 200
 """Milliseconds after which to look whether a connection was made anew, or all is over."""
+
+
+RowsOf = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
+"""Of a shard, table -> ids as they travel, and what belongs to them: [ids, dim]."""
 
 
 class ClosingError(WorkerError):
@@ -81,12 +96,53 @@ class Lines:
         self._exchange(request, take)
         return min(versions)
 
+    def pull_rows(
+        self, rows: RowsOf, worker: int, at_least: int = 0, snapshot: int | None = None
+    ) -> RowBytes:
+        """Fill rows of tables; returns what that moved.
+
+        Args:
+            rows: of a shard, the ids, and where their rows go; shards without any are not asked.
+            worker: who asks.
+            at_least: commits that have to be in them.
+            snapshot: to pull, instead of what is there now.
+
+        Raises:
+            WorkerError: a shard refused, or did not answer in time.
+        """
+        self._number += 1
+        number = self._number
+        sent = received = 0
+
+        def take(shard: int, incoming: Incoming) -> bool:
+            nonlocal received
+            message = incoming.message
+            if not isinstance(message, Rows) or message.number != number:
+                return False
+            places = [place for _, place in rows(shard).values()]
+            incoming.into(places)
+            incoming.end()
+            received += len(encode(message)) + sum(place.nbytes for place in places)
+            return True
+
+        def request(shard: int) -> tuple[Message, Sequence[Tensor]]:
+            nonlocal sent
+            ids = {name: each for name, (each, _) in rows(shard).items()}
+            counts = {name: len(each) for name, each in ids.items()}
+            asked = PullRows(shard, counts, worker, at_least, snapshot, number)
+            sent += len(encode(asked)) + sum(each.nbytes for each in ids.values())
+            return asked, list(ids.values())
+
+        self._exchange(request, take, [at for at in range(len(self._lines)) if rows(at)])
+        return RowBytes(0, sent, received)
+
     def push(
         self,
         slices: Callable[[int], Sequence[Tensor]],
         worker: int,
         sequence: int,
         without: Callable[[int], tuple[str, ...]],
+        rows: RowsOf = lambda shard: {},
     ) -> None:
         """Leave a gradient on every shard, under this name; returns when all have it.
 
@@ -94,6 +150,7 @@ class Lines:
             slices: of a shard, in the order in which they travel.
             worker, sequence: the name.
             without: of a shard, which of its parameters got no gradient.
+            rows: of a shard, ids and gradients of rows of tables.
 
         Raises:
             LossError: it is not finite; names the parameter.
@@ -108,7 +165,10 @@ class Lines:
             )
 
         def request(shard: int) -> tuple[Message, Sequence[Tensor]]:
-            return Push(shard, worker, sequence, without(shard)), slices(shard)
+            more = rows(shard)
+            counts = {name: len(ids) for name, (ids, _) in more.items()}
+            pushed = Push(shard, worker, sequence, without(shard), counts)
+            return pushed, [*slices(shard), *(part for pair in more.values() for part in pair)]
 
         self._exchange(request, take)
 
@@ -116,11 +176,15 @@ class Lines:
         self,
         request: Callable[[int], tuple[Message, Sequence[Tensor]]],
         take: Callable[[int, Incoming], bool],
+        shards: Collection[int] | None = None,
     ) -> None:
+        """Ask shards, by default all, and return when all have answered."""
         limit = time.monotonic() + self._seconds
         poller = zmq.Poller()
         waiting: dict[zmq.Socket[bytes], tuple[int, Line, int]] = {}
         for shard, line in enumerate(self._lines):
+            if shards is not None and shard not in shards:
+                continue
             line.send(*request(shard))
             waiting[line.socket] = (shard, line, line.connections())
             poller.register(line.socket, zmq.POLLIN)
@@ -142,8 +206,8 @@ class Lines:
                     line.send(*request(shard))
                 waiting[sock] = (shard, line, now)
             if time.monotonic() > limit:
-                shards = ", ".join(str(shard) for shard, _, _ in waiting.values())
-                raise WorkerError(f"server shard {shards} gave no answer in {self._seconds:.0f} s")
+                silent = ", ".join(str(shard) for shard, _, _ in waiting.values())
+                raise WorkerError(f"server shard {silent} gave no answer in {self._seconds:.0f} s")
 
     def _taken(self, shard: int, incoming: Incoming, take: Callable[[int, Incoming], bool]) -> bool:
         try:

@@ -132,6 +132,21 @@ class Lease:
 
 
 @dataclass(frozen=True)
+class RowBytes:
+    """Bytes of rows of tables that were moved for some samples.
+
+    Args:
+        touched: of the numbers in those rows, each once for each lease.
+        sent: to shards: requests, ids, gradients.
+        received: rows, and what is said with them.
+    """
+
+    touched: int = 0
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(frozen=True)
 class Done:
     """A gradient lies on all shards, put aside under (worker, sequence).
 
@@ -143,6 +158,7 @@ class Done:
         loss: sum of the loss over them, weighted.
         seconds: of computing.
         sent: bytes of it.
+        rows: of tables, what was moved for its leases.
     """
 
     worker: int
@@ -154,6 +170,7 @@ class Done:
     loss: float
     seconds: float = 0.0
     sent: int = 0
+    rows: RowBytes = RowBytes()
     kind: Literal["done"] = "done"
 
 

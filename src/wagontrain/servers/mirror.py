@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from wagontrain.servers.messages import Push, Refusal, Staged
@@ -17,11 +18,13 @@ class Mirror:
     Args:
         line: to the process that mirrors.
         shard: which one it mirrors.
+        id_types: of each table, how its ids travel.
     """
 
-    def __init__(self, line: Line, shard: int) -> None:
+    def __init__(self, line: Line, shard: int, id_types: Mapping[str, torch.dtype]) -> None:
         self.line = line
         self.shard = shard
+        self._id_types = id_types
         self._connections = 0
         self._waiting: dict[Name, list[bytes]] = {}
 
@@ -34,7 +37,11 @@ class Mirror:
     def _send(self, name: Name, gradient: Gradient) -> None:
         rows = {table: len(ids) for table, (ids, _) in gradient.rows.items()}
         push = Push(self.shard, *name, gradient.without, rows)
-        self.line.send(push, [*gradient.buffer.regions, *pairs(gradient.rows)])
+        travelling = {
+            table: (ids.to(self._id_types[table]), values)
+            for table, (ids, values) in gradient.rows.items()
+        }
+        self.line.send(push, [*gradient.buffer.regions, *pairs(travelling)])
 
     def heard(self, held: Mapping[Name, Gradient]) -> list[tuple[bytes, Staged | Refusal]]:
         """What the mirror said since, as answers to those who wait.

@@ -12,11 +12,18 @@ from wagontrain.errors import TaskError
 from wagontrain.servers.parts import WHOLE, Entry, Memory, Whole, divide, own_memory
 
 
-def entries_of(model: nn.Module, optimizer: Optimizer) -> list[Entry]:
+def entries_of(
+    model: nn.Module, optimizer: Optimizer, without: Collection[str] = ()
+) -> list[Entry]:
     """What a model consists of, for servers.
 
     Parameters that the optimizer has are updated; buffers are assigned, for batch norm and others
     change them in forward passes; the rest stays as it is.
+
+    Args:
+        model: of a task.
+        optimizer: of it.
+        without: names of what is left out: tables.
 
     Raises:
         TaskError: a tensor is of a kind that does not lie in plain memory.
@@ -31,7 +38,7 @@ def entries_of(model: nn.Module, optimizer: Optimizer) -> list[Entry]:
     result = []
     seen: set[Tensor] = set()
     for name, value in model.state_dict(keep_vars=True).items():
-        if value in seen:
+        if value in seen or name in without:
             continue
         seen.add(value)
         if value.is_sparse or value.is_quantized or value.is_complex():

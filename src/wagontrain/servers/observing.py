@@ -7,6 +7,7 @@ from typing import Any
 
 from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
+from wagontrain.servers.messages import Done
 
 
 @dataclass
@@ -31,6 +32,9 @@ class Observer:
 
     def validated(self, result: commands.Validated) -> None:
         """A validation is complete."""
+
+    def pushed(self, message: Done) -> None:
+        """A gradient lies on all shards, whether it counts or not."""
 
     def noted(self, kind: str, fields: dict[str, Any]) -> None:
         """Something else that belongs among the run's events."""

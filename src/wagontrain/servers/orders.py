@@ -34,7 +34,7 @@ class Setup:
 class Fill:
     """The state of a shard as of a commit; frames: its values, then what `state` announces.
 
-    A first one has no more than the values.
+    A first one has no more than the values and rows of tables.
     """
 
     version: int

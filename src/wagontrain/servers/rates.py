@@ -58,7 +58,7 @@ def corrected(momentum: float, workers: int) -> float:
 
 
 def with_less_momentum(group: Mapping[str, Any], workers: int) -> dict[str, Any]:
-    """What has to change in a group's hyperparameters: `momentum` of SGD, the first beta of Adam."""
+    """What changes in a group's hyperparameters: `momentum` of SGD, the first beta of Adam."""
     changed: dict[str, Any] = {}
     if group.get("momentum"):
         changed["momentum"] = corrected(group["momentum"], workers)

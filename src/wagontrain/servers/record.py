@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.image import Image
+from wagontrain.servers.messages import Done, RowBytes
 from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.site import Site
 from wagontrain.strategy import Strategy
@@ -59,6 +61,7 @@ class Record(Observer):
         self.values: dict[str, float] = {}
         self.steps = 0
         self.samples = 0
+        self.rows = asdict(RowBytes())
         self.hosts: set[str] = set()
         self.most_workers = 0
         self._here = 0
@@ -101,9 +104,17 @@ class Record(Observer):
             values=self.values,
         )
 
+    def pushed(self, message: Done) -> None:
+        """A gradient lies on all shards."""
+        for key, moved in asdict(message.rows).items():
+            self.rows[key] += moved
+        sent, memory = self._members.get(message.worker, (0, 0))
+        self._members[message.worker] = (sent + message.sent, memory)
+
     def seen(self, member: Member) -> None:
         """A worker has given a sign of life."""
-        self._members[member.number] = (member.sent, member.memory)
+        sent, _ = self._members.get(member.number, (0, 0))
+        self._members[member.number] = (max(sent, member.sent), member.memory)
 
     def kept(self, keep: commands.Keep) -> None:
         """A snapshot is taken."""
@@ -114,6 +125,7 @@ class Record(Observer):
         if kind == "joined":
             self.hosts.add(fields["host"])
             self._here += 1
+            self._members.setdefault(fields["worker"], (0, 0))  # it may end before its first sign
             self.most_workers = max(self.most_workers, self._here)
         elif kind == "left":
             self._here -= 1
@@ -199,6 +211,7 @@ class Record(Observer):
             "samples_per_second": self.samples / max(training, 1e-9),
             "train_loss": sums[0] / sums[1] if sums else None,
             "validation": self.values,
+            "row_bytes": self.rows,
             "bytes_sent_per_rank": [sent for sent, _ in self._members.values()],
             "peak_memory_per_rank": [memory for _, memory in self._members.values()],
             "shares": None,

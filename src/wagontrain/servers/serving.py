@@ -188,7 +188,8 @@ class Server:
             if self.answers.mirror is not None:
                 self.answers.mirror.close()
             line = self.network.connect(message.mirror) if message.mirror else None
-            self.answers.mirror = None if line is None else Mirror(line, job.index)
+            types = {table.name: table.id_type for table in job.tables}
+            self.answers.mirror = None if line is None else Mirror(line, job.index, types)
         if message.source == "file":
             shard.forgiving = True
             self._take_up(shard, read(Path(job.file), shard.values.now.regions))

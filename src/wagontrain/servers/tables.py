@@ -1,7 +1,8 @@
 """Embedding tables that live on the shards only, and hold what rows were touched.
 
-Row r of a table is on shard r mod M. It exists from its first update on; before, its values are
-drawn from (seed, table, row), so that they are the same whoever asks and whenever.
+Row r of a table is on shard r mod M. It exists, with its optimizer state, from its first update
+on. Before, its values are those that the shard was given to begin with, or where it was given
+none are drawn from (seed, table, row), so that they are the same whoever asks and whenever.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Table:
         dtype: their type.
         group: of parameters that it belongs to.
         std: standard deviation of a new row's numbers.
+        padding: the row that is drawn as zeros; -1 for none.
     """
 
     name: str
@@ -46,11 +48,18 @@ class Table:
     dtype: str = "float32"
     group: int = 0
     std: float = 1.0
+    padding: int = -1
 
     @property
     def id_type(self) -> torch.dtype:
         """Type in which ids of rows travel."""
-        return torch.int32 if self.rows <= 2**31 else torch.int64
+        kinds = (torch.int16, torch.int32, torch.int64)
+        return next(kind for kind in kinds if self.rows - 1 <= torch.iinfo(kind).max)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the numbers of a row."""
+        return self.dim * torch_type(self.dtype).itemsize
 
 
 def untouched(size: int, dtype: torch.dtype) -> Tensor:
@@ -69,6 +78,9 @@ class Rows:
         rule: how rows are updated.
         index, shards: which rows are here.
         seed: what new rows are drawn from.
+
+    Attributes:
+        first: what rows are before their first update, [rows here, dim]; None: they are drawn.
     """
 
     def __init__(self, table: Table, rule: Rule, index: int, shards: int, seed: int) -> None:
@@ -78,6 +90,7 @@ class Rows:
         self.shards = shards
         self.count = 0
         self._key = _key(f"{seed} {table.name}")
+        self.first: Tensor | None = None
         here = len(range(index, table.rows, shards))
         # Address space for all rows; the kernel gives memory for those that are written.
         self._slots = untouched(here, torch.int64)  # 0: none, else slot + 1
@@ -123,10 +136,14 @@ class Rows:
 
     def new(self, ids: Tensor) -> Tensor:
         """What rows are before their first update, [ids, dim]."""
+        if self.first is not None:
+            return self.first[ids // self.shards]
         counters = ids.numpy().astype(np.uint64)[:, None] * np.uint64(self.table.dim)
         columns = np.arange(self.table.dim, dtype=np.uint64)
         numbers = _normal(counters + columns, self._key) * self.table.std
-        return torch.from_numpy(numbers).to(torch_type(self.table.dtype))
+        rows = torch.from_numpy(numbers).to(torch_type(self.table.dtype))
+        rows[ids == self.table.padding] = 0
+        return rows
 
     def update(self, ids: Tensor, gradient: Tensor, settings: Settings) -> None:
         """One update of rows.
@@ -170,13 +187,15 @@ class Rows:
         }
 
     def fill(self, content: dict[str, Tensor]) -> None:
-        """Take up what `content` gave, in a table without rows."""
+        """Take up what `content` gave, in a table without rows; state may be left out."""
         ids = content["ids"]
         self.count = len(ids)
         self._slots[ids // self.shards] = torch.arange(self.count) + 1
         self._ids[: self.count] = ids
+        self._kept["values"][: self.count] = content["values"]
         for key, kept in self._kept.items():
-            kept[: self.count] = content[key]
+            if key in content:
+                kept[: self.count] = content[key]
 
 
 class KeptRows:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from wagontrain.batches import Batch, Batches, Cut, few_samples, mix
+from wagontrain.building import skeleton
 from wagontrain.errors import LossError
 from wagontrain.objective import Objective, nothing
+from wagontrain.servers import placing, remote
 from wagontrain.servers.client import Client
 from wagontrain.servers.messages import Done, Lease
 from wagontrain.servers.model import FlatModel, entries_of
@@ -37,6 +39,7 @@ class Habits:
         elastic: of EASGD: what part of the way to the servers' parameters a worker goes, and they
             to its; None where gradients are pushed.
         ahead: whether the next lease is asked for before this one is worked on.
+        tables: which layers have their tables on the servers, see `placing.chosen`.
     """
 
     push_every: int = 1
@@ -46,11 +49,12 @@ class Habits:
     clip: float | None = None
     elastic: float | None = None
     ahead: bool = True
+    tables: str = ""
 
 
 def fingerprint(task: Task, device: torch.device) -> str:
     """What has to be the same on all workers: shapes of the model, some samples, batch size."""
-    model = task.build_model()
+    model = skeleton(task) or task.build_model()  # which may be larger than this host
     shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
     samples = few_samples(Batches.of_training(task, device))
     what = (shapes, samples, task.batch_size, task.seed, task.accumulate)
@@ -86,12 +90,14 @@ class Worker:
         self.objective = Objective(task, device)
         self.training = Batches.of_training(task, device)
         self.validation = Batches.of_validation(task, device)
-        model = task.build_model().to(device)
-        self.optimizer = task.build_optimizer(model, closures=True)
-        self.flat = FlatModel(
-            model, entries_of(model, self.optimizer), len(client.welcome.shards), client.memory
-        )
-        self.model: nn.Module = model
+        shards = len(client.welcome.shards)
+        placed = placing.build(task, habits.tables, whole=False)
+        tables = placed.tables()
+        self.tables = remote.Tables(tables, shards, client)
+        self.model: nn.Module = remote.stand_in(placed, device, self.tables)
+        self.optimizer = task.build_optimizer(self.model, closures=True)
+        entries = entries_of(self.model, self.optimizer, [table.name for table in tables])
+        self.flat = FlatModel(self.model, entries, shards, client.memory)
         self.version = 0
         self.sequence = 0
         self._spare = self.flat.another()
@@ -103,6 +109,7 @@ class Worker:
         self._fetched = False
         self._collected = _Collected()
         self._touched: set[str] = set()
+        self._rows: remote.Rows = {}
         for name, value in self.flat.updated.items():
             value.register_post_accumulate_grad_hook(_Note(self._touched, name))
 
@@ -187,7 +194,9 @@ class Worker:
         if not self._collected.leases:
             self.flat.collect_in(self._gradients[0])
             self._touched.clear()
+            self.tables.forget()
             self._collected = _Collected(fetched=self.version)
+        self.tables.begin(self.version)
         try:
             weight, loss = self._backward(batch, lease)
         except LossError as error:
@@ -220,12 +229,14 @@ class Worker:
             if weight == 0:
                 if micro.count:  # its parameters take part, with nothing
                     nothing(self.objective.forward(self.model, micro)).backward()
+                    self.tables.collect(counts=False)
                 continue
             loss = self.objective(self.model, micro)
             value = float(loss.detach())
             if not -float("inf") < value < float("inf"):
                 raise LossError(f"the loss is {value}")
             loss.backward(loss.new_tensor(weight))
+            self.tables.collect()
             total_weight += weight
             total_loss += value * weight
         return total_weight, total_loss
@@ -236,6 +247,7 @@ class Worker:
         if not collected.leases:
             return
         client.doing = "pushing a gradient"
+        self._rows = self.tables.gradients()
         self._fill()
         collected, gradients = self._collected, self._gradients[0]
         self.flat.leave_buffers_in(gradients)
@@ -244,9 +256,11 @@ class Worker:
         done = Done(
             client.number, self.sequence, collected.leases, collected.fetched,
             collected.weight, collected.samples, collected.loss, collected.seconds,
+            rows=self.tables.take_bytes(),
         )  # fmt: skip
         without = self.flat.without(frozenset(self._touched))
-        self._push = client.push(self._slices(gradients), done, without)
+        rows = self.tables.slices(self._rows)
+        self._push = client.push(self._slices(gradients), done, without, rows)
         self._pushed = collected.leases
         self._gradients.reverse()
         self._collected = _Collected()
@@ -272,11 +286,14 @@ class Worker:
         clip = self.habits.clip
         if clip is not None and not self.habits.together and collected.weight:
             views = [gradients.views[name] for name in self.flat.updated]
+            views += [rows for _, rows in self._rows.values()]
             norm = float(torch.nn.utils.get_total_norm(views)) / collected.weight * factor
             factor *= min(1.0, clip / (norm + 1e-6))
         if factor != 1.0:
             for name in self.flat.updated:
                 gradients.views[name].mul_(factor)
+            for _, rows in self._rows.values():
+                rows.mul_(factor)
 
     # --- validation -----------------------------------------------------------------------------
 
@@ -290,6 +307,7 @@ class Worker:
         live = self.flat.values
         client.await_(client.fetch(self._slices(self._spare), 0, lease.snapshot))
         self.flat.show(self._spare)
+        self.tables.begin(0, lease.snapshot)
         self.model.eval()
         try:
             batch = self.validation.part(0, lease.step, range(lease.start, lease.stop), Cut())

@@ -31,6 +31,7 @@ import torch
 
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
+from wagontrain.servers import placing
 from wagontrain.servers.client import Client
 from wagontrain.servers.contract import Crewed
 from wagontrain.servers.coordinator import Coordinator
@@ -71,6 +72,8 @@ class ParameterServer(Crewed):
         elasticity: of rule "easgd": its beta; a worker goes beta / N of the way to the servers.
         warm_start: updates that one worker makes alone before the others begin.
         replicas: copies of every shard's state on another shard: 0 or 1.
+        tables: embedding layers whose tables live on the servers only: their names in the model
+            with commas between them, or "auto"; "" for none.
     """
 
     servers: int = 1
@@ -86,6 +89,7 @@ class ParameterServer(Crewed):
     elasticity: float = 0.9
     warm_start: int = 0
     replicas: int = 0
+    tables: str = ""
 
     name: ClassVar[str] = "parameter-server"
     summary: ClassVar[str] = "parameters on servers, workers come and go (Downpour, SSP, backups)"
@@ -103,6 +107,11 @@ class ParameterServer(Crewed):
             raise UsageError(
                 f"replicas is {self.replicas} with {self.servers} servers: give 0, or 1 with at "
                 "least 2 servers, for a copy is kept on another one"
+            )
+        if self.tables and self.rule in ("dc-asgd", "easgd"):
+            raise UsageError(
+                f"rule {self.rule} needs all parameters at the workers, which have only rows of "
+                "tables: leave tables out, or use staleness-aware"
             )
         if self.together and max(self.n_push, self.n_fetch) > 1:
             raise UsageError(
@@ -158,12 +167,13 @@ class ParameterServer(Crewed):
 
     def coordinator(self, task: Task, site: Site) -> tuple[Coordinator, Record]:
         """Who decides, and who keeps what happens."""
-        image = Image(task, self.servers, self.rule)
+        image = Image(task, self.servers, self.rule, self.tables)
         if self.exact:
             refuse_batch_norm(
                 image.model,
                 "use data-parallel for exact training, or consistency=asynchronous",
             )
+            placing.require_exact(image.optimizer, image.tables.all)
         first_step, reached = site.first_step, None
         if site.source is not None:
             image.restore(site.source)
@@ -192,8 +202,9 @@ class ParameterServer(Crewed):
         """One worker."""
         elastic = self.elasticity / client.welcome.workers
         habits = Habits(
-            self.n_push, self.n_fetch, self.overlap, self.together, task.clip_grad_norm, elastic
-        )
+            self.n_push, self.n_fetch, self.overlap, self.together, task.clip_grad_norm, elastic,
+            tables=self.tables,
+        )  # fmt: skip
         kind = ElasticWorker if self.rule == "easgd" else Worker
         return kind(task, client, habits, device)
 
