@@ -117,6 +117,7 @@ def steps(events: list[dict[str, Any]]) -> int:
     return sum(event["kind"] == "step" for event in events)
 
 
+@pytest.mark.whole
 def test_killed_are_replaced_and_others_join(
     started: Callable[..., Running], tmp_path: Path
 ) -> None:
@@ -167,6 +168,7 @@ def test_a_spoiled_sample_ends_the_run_and_is_named(started: Callable[..., Runni
     assert re.fullmatch(r"wagontrain: step \d+, samples \d+ to \d+ .*the loss is nan on .*\n", err)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("replicas", [1, 0])
 def test_a_killed_shard_of_sandblaster(started: Callable[..., Running], replicas: int) -> None:
     """With a mirror it goes on as if nothing had been; without it the run says what is lost."""

@@ -169,7 +169,7 @@ def test_a_table_larger_than_any_host(tmp_path: Path, monkeypatch: pytest.Monkey
         assert max(value.nbytes for value in held if not value.is_meta) < 200_000
     assert not {"item.weight", "words.weight"} & set(outcome.weights)
     saved = checkpoint.latest(outcome.folder.path)
-    kept = saved.tensors()
+    kept = saved.reader().tensors
     touched = len(set(Samples(far).pairs.flatten().tolist()))
     assert kept["tables.item.weight.values"][0] == (touched, 1024)
     assert kept["tables.item.weight.sum"][0] == (touched, 1024)
@@ -188,7 +188,7 @@ def test_a_table_larger_than_any_host(tmp_path: Path, monkeypatch: pytest.Monkey
 def sums_of(saved: checkpoint.Checkpoint) -> dict[int, Tensor]:
     """What Adagrad keeps of the rows of one table."""
     names = [f"tables.item.weight.{key}" for key in ("ids", "sum")]
-    shapes = saved.tensors()
+    shapes = saved.reader().tensors
     kept = saved.read({name: Layout(shapes[name][0]) for name in names})
     return dict(zip(kept[names[0]].tolist(), kept[names[1]], strict=True))
 
@@ -297,7 +297,7 @@ def test_rows_that_nobody_asks_for_keep_their_first_numbers_and_have_no_state(
     assert torch.equal(outcome.weights["words.weight"][3], torch.zeros(8))
     saved = checkpoint.latest(outcome.folder.path)
     names = ["optimizer.item.weight.exp_avg_sq", "tables.item.weight.step"]
-    described = saved.tensors()
+    described = saved.reader().tensors
     kept = saved.read({name: Layout(described[name][0]) for name in names})
     for value in kept.values():
         assert (value[touched] > 0).any(1).all()
