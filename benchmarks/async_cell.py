@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.async_tasks import MODELS, Contender
+from benchmarks.async_tasks import CLUSTERS, MODELS, SERVER, Contender, Gate
 from wagontrain import events
 from wagontrain.testbed.bed import Bed
 from wagontrain.testbed.run import variables
@@ -20,13 +20,17 @@ from wagontrain.testbed.run import variables
 START = 180.0
 """Seconds that processes have to import torch, load the task and find each other."""
 
+STARTING = 2.0
+"""Cores of a host until then, for nobody learns from how long that takes."""
+
 
 @dataclass
 class Cell:
     """One contender on one model, cluster and seed: what is asked, and what came of it.
 
-    Times are seconds since the end of the first step, which is not counted. `pushes` counts
-    staleness -> updates; `busy` is the time in steps, without validations and checkpoints between.
+    Times are seconds since all hosts were at work, each with its part of a core; `at` is when.
+    `pushes` counts staleness -> updates; `busy` is the time in steps, without validations and
+    checkpoints between.
     """
 
     model: str
@@ -36,6 +40,7 @@ class Cell:
     rate: float
     limit: float
     ended: str = ""
+    at: float = 0.0
     starting: float = 0.0
     seconds: float = 0.0
     busy: float = 0.0
@@ -131,7 +136,7 @@ def take(bed: Bed, contender: Contender, cell: Cell, folder: Path, data: Path) -
     """Train, and fill the cell.
 
     Args:
-        bed: hosts, as fast as the cell wants them.
+        bed: hosts; how fast they are is changed as the cell wants it.
         contender: the one that the cell names.
         cell: what is asked.
         folder: a new one, for the run's files.
@@ -139,15 +144,17 @@ def take(bed: Bed, contender: Contender, cell: Cell, folder: Path, data: Path) -
     """
     folder.mkdir(parents=True)
     optimizer = contender.optimizer or MODELS[cell.model].usual
+    gate = Gate(folder) if contender.strategy == SERVER else None
     (folder / "job.py").write_text(
         "from benchmarks import async_tasks\n\n\ndef task():\n"
         f"    return async_tasks.task({cell.model!r}, {optimizer!r}, {cell.rate!r}, "
-        f"{str(data.resolve())!r})\n"
+        f"{str(data.resolve())!r}, {str(folder) if gate else None!r})\n"
     )
     began = time.monotonic()
     running = []
     try:
         for host in range(bed.shape.hosts):
+            bed.set_cpus(host, STARTING)
             with (folder / f"host{host}.log").open("w") as log:
                 running.append(
                     bed.start(
@@ -155,7 +162,14 @@ def take(bed: Bed, contender: Contender, cell: Cell, folder: Path, data: Path) -
                         stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     )
                 )  # fmt: skip
-        cell.ended = watch(running, folder, cell, began)
+        cell.ended = _wait_for_work(running, folder, gate)
+        if not cell.ended:
+            for host in range(bed.shape.hosts):
+                bed.set_cpus(host, bed.shape.cpus * CLUSTERS[cell.cluster].get(host, 1.0))
+            if gate is not None:
+                gate.open()
+            cell.at, cell.starting = time.time(), time.monotonic() - began
+            cell.ended = _wait_for_end(running, folder, cell.limit)
     finally:
         for host in range(bed.shape.hosts):
             bed.kill(host)
@@ -164,26 +178,38 @@ def take(bed: Bed, contender: Contender, cell: Cell, folder: Path, data: Path) -
     fill(cell, folder / "R" / "events.jsonl")
 
 
-def watch(running: list[Any], folder: Path, cell: Cell, began: float) -> str:
-    """Wait until the time is over, or all has ended before; returns why."""
-    file = folder / "R" / "events.jsonl"
-    place, first = 0, None
-    while True:
-        for event, after in events.read(file, place):
-            place = after
-            if event["kind"] == "step" and first is None:
-                first = time.monotonic()
-                cell.starting = first - began
-        now = time.monotonic()
-        if first is not None and now > first + cell.limit:
-            return "time is over"
-        if first is None and now > began + START:
-            return f"no step within {START:.0f} s"
-        statuses = [process.poll() for process in running]
-        if any(statuses) or None not in statuses:
-            said = [last_line(folder / f"host{host}.log") for host in range(len(running))]
-            return f"ended with {statuses}: {' | '.join(filter(None, said))}"
-        time.sleep(0.2)
+def _wait_for_work(running: list[Any], folder: Path, gate: Gate | None) -> str:
+    """Return when all hosts are at their first step, with an empty word, or why they are not."""
+    limit = time.monotonic() + START
+    while time.monotonic() < limit:
+        if gate is not None and gate.ready() == len(running):
+            return ""
+        steps = (event["kind"] == "step" for event, _ in events.read(folder / "R/events.jsonl"))
+        if gate is None and any(steps):
+            return ""
+        if ended := _ended(running, folder):
+            return ended
+        time.sleep(0.1)
+    return f"no step within {START:.0f} s"
+
+
+def _wait_for_end(running: list[Any], folder: Path, seconds: float) -> str:
+    """Return when the time is over, or all has ended before; says which."""
+    limit = time.monotonic() + seconds
+    while (left := limit - time.monotonic()) > 0:
+        if ended := _ended(running, folder):
+            return ended
+        time.sleep(min(left, 0.5))
+    return "time is over"
+
+
+def _ended(running: list[Any], folder: Path) -> str:
+    """How the run ended, if it did."""
+    statuses = [process.poll() for process in running]
+    if not any(statuses) and None in statuses:
+        return ""
+    said = [last_line(folder / f"host{host}.log") for host in range(len(running))]
+    return f"ended with {statuses}: {' | '.join(filter(None, said))}"
 
 
 def last_line(file: Path) -> str:
@@ -193,19 +219,15 @@ def last_line(file: Path) -> str:
 
 
 def fill(cell: Cell, file: Path) -> None:
-    """Take the figures from the events up to the limit."""
-    first: float | None = None
+    """Take the figures from the events within the time."""
     pushes: Counter[int] = Counter()
     for event, _ in events.read(file):
-        if event["kind"] == "step" and first is None:
-            first = event["time"]
+        at = event["time"] - cell.at
+        if not 0 < at <= cell.limit:
             continue
-        if first is None or event["time"] - first > cell.limit:
-            continue
-        at = event["time"] - first
         if event["kind"] == "step":
             cell.seconds = at
-            cell.busy += event["seconds"] + event["data_seconds"]
+            cell.busy += min(at, event["seconds"] + event["data_seconds"])
             cell.samples += event["samples"]
             cell.steps += 1
             if event.get("staleness") is not None:

@@ -145,8 +145,8 @@ def page(
         f"{origin['commit']}.", "",
         f"    {origin['command']}", "",
         f"Median (min to max) over seeds {', '.join(map(str, seeds))}, contenders in turns, fresh "
-        "processes each time. All train for the same time, which begins at the end of the first "
-        "step: starting processes, 10 to 20 s here, is not in it; validations and checkpoints are. "
+        "processes each time. All train for the same time, which begins when all hosts are at "
+        "work: starting processes is not in it; validations and checkpoints are. "
         f"\"In its steps\" holds a contender against {BASELINE} without these. Server shards and "
         "coordinator are on host 0, beside its worker. Learning rates are the same in every step, "
         "searched for each contender on equal hosts with a seed of its own (`--tune`; what was "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import wagontrain as wt
@@ -46,8 +49,8 @@ class Model:
 
 
 MODELS = {
-    "mnist": Model("momentum", "accuracy", 0.95, True, {"equal": 20.0, "slow": 40.0}),
-    "char_lm": Model("adamw", "loss", 2.3, False, {"equal": 40.0, "slow": 80.0}),
+    "mnist": Model("momentum", "accuracy", 0.95, True, {"equal": 20.0, "slow": 60.0}),
+    "char_lm": Model("adamw", "loss", 2.3, False, {"equal": 30.0, "slow": 60.0}),
 }
 CLUSTERS = {"equal": {}, "slow": {3: 0.25}}
 """Hosts with less than the usual share of a core, and how much of it they have."""
@@ -74,20 +77,20 @@ class Contender:
     clusters: tuple[str, ...] = tuple(CLUSTERS)
 
 
-_SERVER = "parameter-server"
+SERVER = "parameter-server"
 CONTENDERS = [
     Contender("data-parallel", "data-parallel"),
     Contender(
         "balanced", "data-parallel", {"balance": "true"}, None, "data-parallel", ("slow",)
     ),
-    Contender("downpour", _SERVER),
-    Contender("downpour-sgd", _SERVER, {"rule": "sgd"}, "sgd"),
-    Contender("downpour-adagrad", _SERVER, {"rule": "adagrad"}, "sgd"),
-    Contender("staleness-aware", _SERVER, {"rule": "staleness-aware"}, "sgd"),
-    Contender("dc-asgd", _SERVER, {"rule": "dc-asgd"}, "sgd"),
-    Contender("ssp-2", _SERVER, {"consistency": "ssp:2"}, None, "downpour"),
-    Contender("backup-1", _SERVER, {"backup": 1}, None, "data-parallel"),
-    Contender("easgd", _SERVER, {"rule": "easgd", "n_push": 4}),
+    Contender("downpour", SERVER),
+    Contender("downpour-sgd", SERVER, {"rule": "sgd"}, "sgd"),
+    Contender("downpour-adagrad", SERVER, {"rule": "adagrad"}, "sgd"),
+    Contender("staleness-aware", SERVER, {"rule": "staleness-aware"}, "sgd"),
+    Contender("dc-asgd", SERVER, {"rule": "dc-asgd"}, "sgd"),
+    Contender("ssp-2", SERVER, {"consistency": "ssp:2"}, None, "downpour"),
+    Contender("backup-1", SERVER, {"backup": 1}, None, "data-parallel"),
+    Contender("easgd", SERVER, {"rule": "easgd", "n_push": 4}),
     Contender("local-sgd", "local-sgd", {"steps_between": 16}),
     Contender("diloco", "local-sgd", {"steps_between": 32, "outer": "nesterov"}, "adamw"),
 ]  # fmt: skip
@@ -122,7 +125,41 @@ def write_data(folder: Path) -> None:
     safetensors.torch.save_file({"codes": codes}, folder / "char_lm.safetensors")
 
 
-def task(model: str, optimizer: str, rate: float, folder: str) -> wt.Task:
+class Gate:
+    """Where workers that nobody waits for wait for each other once, before their first step.
+
+    Or the first would have trained for seconds when the last has imported torch.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def ready(self) -> int:
+        """How many hosts have come to it."""
+        return len(list(self.folder.glob("ready-*")))
+
+    def open(self) -> None:
+        """Let them go on."""
+        (self.folder / "go").touch()
+
+    def keep(self, model: nn.Module) -> nn.Module:
+        """Hold the model's first training step until the gate is open."""
+        handle = model.register_forward_pre_hook(lambda *_: self._wait(model) and handle.remove())
+        return model
+
+    def _wait(self, model: nn.Module) -> bool:
+        if not model.training:
+            return False
+        (self.folder / f"ready-{os.environ['TESTBED_HOST']}").touch()
+        limit = time.monotonic() + 300
+        while not (self.folder / "go").exists():
+            if time.monotonic() > limit:
+                raise TimeoutError("the other hosts did not come within 300 s")
+            time.sleep(0.02)
+        return True
+
+
+def task(model: str, optimizer: str, rate: float, folder: str, gate: str | None) -> wt.Task:
     """The task of a cell.
 
     Args:
@@ -130,23 +167,28 @@ def task(model: str, optimizer: str, rate: float, folder: str) -> wt.Task:
         optimizer: one of `OPTIMIZERS`.
         rate: its learning rate, the same in every step.
         folder: where `write_data` has written.
+        gate: folder of a `Gate`, where workers do not wait for each other anyway.
     """
     data = safetensors.torch.load_file(Path(folder) / f"{model}.safetensors")
     make = partial(OPTIMIZERS[optimizer], lr=rate)
+
+    def held(build: Callable[[], nn.Module]) -> nn.Module:
+        return build() if gate is None else Gate(Path(gate)).keep(build())
+
     if model == "mnist":
         train, validation = (
             TensorDataset(data[f"{part}.images"], data[f"{part}.labels"])
             for part in ("train", "validation")
         )
         return wt.Task(
-            model=mnist.LeNet, loss=F.cross_entropy, optimizer=make, train=train,
+            model=partial(held, mnist.LeNet), loss=F.cross_entropy, optimizer=make, train=train,
             validation=validation, metrics={"accuracy": mnist.accuracy}, batch_size=128,
             epochs=EPOCHS,
         )  # fmt: skip
     codes = data["codes"]
     characters = int(codes.max()) + 1
     return wt.Task(
-        model=partial(char_lm.CharacterModel, characters, width=64, depth=2),
+        model=partial(held, partial(char_lm.CharacterModel, characters, width=64, depth=2)),
         loss=char_lm.next_character_loss, optimizer=make,
         train=char_lm.Windows(codes[:CHARACTERS]),
         validation=char_lm.Windows(codes[CHARACTERS:]), batch_size=64, epochs=EPOCHS,

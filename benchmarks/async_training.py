@@ -5,8 +5,8 @@
 
 Every contender trains the same model on the same 4 hosts of a test bed for the same time, 3 seeds
 each, contenders in turns; what it knows is measured by validation after every 32 steps' samples.
-Time begins at the end of the first step: importing torch and finding each other takes a host
-10 to 20 s here, which no training of a useful length would notice. Server shards and the
+Time begins when all hosts are at work: importing torch and finding each other takes 10 to 20 s
+here, which no training of a useful length would notice. Server shards and the
 coordinator are on the first host, beside its worker: nobody has more than the 4 hosts.
 """
 
@@ -75,9 +75,6 @@ def measure(bed: Bed, contender: Contender, cell: Cell, work: Path) -> Cell:
         kept = Cell.read(file)
         if kept.good and kept.limit == cell.limit:
             return kept
-    for host in range(bed.shape.hosts):
-        share = CLUSTERS[cell.cluster].get(host, 1.0)
-        bed.set_cpus(host, bed.shape.cpus * share if bed.shape.cpus else share)
     folder = work / "runs" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     take(bed, contender, cell, folder, work / "data")
