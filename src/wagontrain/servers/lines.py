@@ -15,6 +15,7 @@ from torch import Tensor
 
 from wagontrain.errors import LossError, WorkerError
 from wagontrain.servers.messages import Message, Pull, Push, Refusal, Staged, Values
+from wagontrain.servers.staging import GIVEN_UP
 from wagontrain.servers.wire import Incoming, Line, Network
 
 _POLL = 200
@@ -23,6 +24,14 @@ _POLL = 200
 
 class ClosingError(WorkerError):
     """The worker ends; nobody waits for an answer any longer."""
+
+
+class GivenUpError(WorkerError):
+    """This worker takes part no longer: it has to say hello again."""
+
+
+class RefusedError(WorkerError):
+    """A shard said why it cannot do what it was asked."""
 
 
 class Lines:
@@ -58,7 +67,9 @@ class Lines:
             whole: with what never changes, too.
 
         Raises:
-            WorkerError: a shard refused, or did not answer in time.
+            RefusedError: a shard refused.
+            GivenUpError: it does so because this worker takes part no longer.
+            WorkerError: a shard did not answer in time.
         """
         self._number += 1
         number = self._number
@@ -95,7 +106,9 @@ class Lines:
 
         Raises:
             LossError: it is not finite; names the parameter.
-            WorkerError: a shard refused, or did not answer in time.
+            RefusedError: a shard refused.
+            GivenUpError: it does so because this worker takes part no longer.
+            WorkerError: a shard did not answer in time.
         """
 
         def take(shard: int, incoming: Incoming) -> bool:
@@ -146,8 +159,11 @@ class Lines:
     def _taken(self, shard: int, incoming: Incoming, take: Callable[[int, Incoming], bool]) -> bool:
         try:
             if isinstance(incoming.message, Refusal):
-                kind = LossError if "finite" in incoming.message.reason else WorkerError
-                raise kind(f"server shard {shard}: {incoming.message.reason}")
+                reason = incoming.message.reason
+                kind: type[Exception] = LossError if "finite" in reason else RefusedError
+                if reason.endswith(GIVEN_UP):
+                    kind = GivenUpError
+                raise kind(f"server shard {shard}: {reason}")
             return take(shard, incoming)
         finally:
             incoming.drop()
