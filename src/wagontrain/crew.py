@@ -30,9 +30,10 @@ from wagontrain.launch.failure import last_words, read_failures
 from wagontrain.progress import Progress
 from wagontrain.registry import make_strategy
 from wagontrain.servers import site as sites
-from wagontrain.servers.client import Client, GivenUpError, OverError
+from wagontrain.servers.client import Client, OverError
 from wagontrain.servers.contract import Crewed
 from wagontrain.servers.coordinator import Coordinator
+from wagontrain.servers.lines import GivenUpError
 from wagontrain.servers.messages import Description, Look
 from wagontrain.servers.wire import Network, Secret
 from wagontrain.servers.work import fingerprint

@@ -80,6 +80,7 @@ class Threads:
         self.network = Network(self.secret)
         self.folder = RunFolder.create(folder, "crew")
         self.listener = self.network.listen("127.0.0.1")
+        self.endpoint = self.listener.endpoint
         self.events = Events(self.folder.sinks())
         terms = Terms(
             socket.gethostname(),
@@ -116,12 +117,16 @@ class Threads:
 
     def work(self) -> None:
         """Start one more worker."""
-        self.start(crew.take_part, self.task, self.strategy, self.listener.endpoint, self.secret)
+        self.start(crew.take_part, self.task, self.strategy, self.endpoint, self.secret)
+
+    def serve(self, number: int) -> None:
+        """Start a shard's process, so to speak."""
+        self.start(serving.serve, self.endpoint, number, self.secret)
 
     def run(self, look_after: Callable[[], None] = lambda: None) -> Outcome:
         """Coordinate until all is done."""
         for number in range(self.strategy.shards):
-            self.start(serving.serve, self.listener.endpoint, number, self.secret)
+            self.serve(number)
         for _ in range(self.workers):
             self.work()
 

@@ -256,6 +256,10 @@ class Fleet:
         self.staged.clear()
         self.carry_out(self.descent.mislaid())
 
+    def retake(self) -> None:
+        """A shard loses what it has kept."""
+        self.carry_out(self.descent.retake())
+
     def resume(self) -> None:
         """Everything ends and goes on from a snapshot, with workers that know of nothing."""
         (keep,) = self.descent.keep()
@@ -305,10 +309,9 @@ class Fleet:
             assert everything or self.version == self.course.steps
         keeps = [one for one in self.log if isinstance(one, Keep)]
         if not self.resumed:
-            ends = [one.epoch for one in keeps]
+            ends = list(dict.fromkeys(one.epoch for one in keeps))  # some were taken again
             assert ends == list(range(keeps[0].epoch, keeps[0].epoch + len(ends)))
-            assert not any(one.final for one in keeps[:-1])
-            assert keeps[-1].final
-            assert keeps[-1].version == self.version
+            assert all(one.final == (one.epoch == ends[-1]) for one in keeps)
+            assert max(one.version for one in keeps) == self.version
             measured = set(ends) if self.course.validation_samples else set()
             assert set(self.validated) == measured

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.servers.fleet import Fleet
 from wagontrain.errors import UsageError
 from wagontrain.servers.descent import (
     Apply,
@@ -527,3 +528,47 @@ def test_nothing_is_left_to_do() -> None:
 def test_gates_that_mean_nothing(gate: Callable[[], Gate], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         gate()
+
+
+def test_a_snapshot_that_a_shard_lost_is_taken_again_and_validated_anew() -> None:
+    fleet = Fleet(Course(8, 4, 2, validation_samples=4, validation_batch=2), Gate("asynchronous"))
+    for _ in range(2):
+        fleet.join()
+    first, second = fleet.workers.values()
+    for _ in range(2):
+        fleet.ask(first)
+        fleet.work(first)
+        fleet.push(first)
+    fleet.ask(first)
+    fleet.ask(second)
+    assert {worker.hand[0].purpose for worker in (first, second)} == {"validate"}
+    fleet.work(first)  # half of it is measured, of a state that one shard has no more
+    (old,) = fleet.kept
+    fleet.carry_out(fleet.descent.retake())
+    (new,) = fleet.kept
+    assert new != old
+    assert fleet.kept[new].epoch == 0
+    fleet.work(second)  # comes to nothing
+    assert not fleet.validated
+    for worker in (first, second):
+        fleet.ask(worker)
+        assert worker.hand[0].snapshot == new
+        fleet.work(worker)
+    assert fleet.validated[0].snapshot == new
+
+
+def test_what_was_to_be_saved_is_taken_again_as_training_is_now() -> None:
+    fleet = Fleet(Course(8, 4, 1), Gate("asynchronous"))
+    fleet.join()
+    (worker,) = fleet.workers.values()
+    for _ in range(2):
+        fleet.ask(worker)
+        fleet.work(worker)
+        fleet.push(worker)
+    lost = next(command for command in fleet.log if isinstance(command, Keep))
+    assert fleet.finished
+    keep, drop = fleet.descent.retake([lost])
+    assert isinstance(keep, Keep)
+    assert (keep.epoch, keep.version, keep.final) == (0, 2, True)
+    assert keep.reached == lost.reached
+    assert drop == Drop(keep.number)

@@ -31,7 +31,7 @@ GATES = {
 CALM = [*["ask", "work", "push"] * 3, *["round"] * 7]
 EVENTS = [
     *CALM * 2, *["join"] * 3,
-    "leave", "late", "spoil", "replay", "foreign", "wrong version", "mislay", "resume",
+    "leave", "late", "spoil", "replay", "foreign", "wrong version", "mislay", "retake", "resume",
 ]  # fmt: skip
 # Two bytes for an event: hypothesis makes bytes many times quicker than tuples. Left to itself,
 # it makes lists of five or ten.
@@ -47,6 +47,8 @@ def act(fleet: Fleet, event: str, which: int, turn: int) -> None:
         return fleet.replay(fleet.sent[which % len(fleet.sent)])
     if event == "mislay" and fleet.gate.mode == "synchronous":
         return fleet.mislay()
+    if event == "retake":
+        return fleet.retake()
     if event == "resume" and which < 50:
         return fleet.resume()
     able = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from wagontrain.building import peak_memory
 from wagontrain.errors import UsageError, WorkerError
-from wagontrain.servers.lines import Lines, RowsOf
+from wagontrain.servers.lines import GivenUpError, Lines, RowsOf
 from wagontrain.servers.messages import (
     Ask,
     Beat,
@@ -48,10 +49,6 @@ BEAT = 1.0
 _CPU = torch.device("cpu")
 
 _T = TypeVar("_T")
-
-
-class GivenUpError(WorkerError):
-    """The coordinator has given this worker up: it has to say hello again."""
 
 
 class OverError(Exception):
@@ -100,8 +97,13 @@ class Client:
         return self.welcome.worker
 
     def _say_hello(self, hello: Hello) -> Welcome:
-        self._control.send(hello)
-        incoming = self._control.receive(self._seconds)
+        incoming, limit, seen = None, time.monotonic() + self._seconds, -1
+        while incoming is None and time.monotonic() < limit:
+            now = self._control.connections()
+            if seen < 0 or now > seen > 0:  # what was on its way may be lost with a connection
+                self._control.send(hello)
+            seen = now
+            incoming = self._control.receive(1.0)
         if incoming is None:
             raise UsageError(
                 f"nobody answers at {self._endpoint}: is the run still going on, and does this "
@@ -134,6 +136,10 @@ class Client:
         return self._inbox.popleft() if self._inbox else None
 
     def _hear(self, seconds: float) -> None:
+        if max(self._control.connections(), self._reports.connections()) > 1:
+            # A lease or a push may be lost with a connection, and nobody would miss it.
+            self._control.send(Bye(self.number))
+            raise GivenUpError("the connection to the coordinator was lost for a while")
         incoming = self._control.receive(seconds)
         if incoming is None:
             return

@@ -169,7 +169,8 @@ class Coordinator:
                 "install the same version on all hosts"
             )
         if message.role == "shard":
-            self.fleet.hello(peer, message, time.monotonic())
+            if self.fleet.hello(peer, message, time.monotonic()):
+                self._retake()
             return
         if message.fingerprint != self.terms.fingerprint:
             raise WorkerError(
@@ -276,10 +277,19 @@ class Coordinator:
             self.observer.noted("shard_restarted", fields)
             if not self.fleet.mirrored:
                 self._obey(self.decisions.mislaid())
+            self._retake()
         if self.fleet.ready:
             waiting, self._hellos = self._hellos, []
             for waiting_peer, hello in waiting:
                 self._welcome(waiting_peer, hello)
+
+    def _retake(self) -> None:
+        """Snapshots that a shard may not have, or was not asked for, are made anew."""
+        unsaved = [each.keep for each in self._pulling.values()]
+        for number in list(self._pulling):
+            del self._pulling[number]
+            self.fleet.release(number)
+        self._obey(self.decisions.retake(unsaved))
 
     def _applied(self, peer: bytes, message: Applied, incoming: Incoming) -> None:
         numbers = self.fleet.applied(message)
@@ -306,9 +316,12 @@ class Coordinator:
         values, tensors = self.fleet.room(message.shard), room(message.state)
         incoming.into([*values, *tensors.values()])
         incoming.end()
-        waiting = [each for each in self._pulling.values() if message.shard not in each.parts]
-        if not waiting:
-            raise WorkerError("nobody asked for this state")
+        waiting = [
+            each for each in self._pulling.values()
+            if message.shard not in each.parts and message.version == each.keep.version
+        ]  # fmt: skip
+        if not waiting:  # it was asked for before another shard was lost
+            return
         pulling = waiting[0]
         pulling.parts[message.shard] = Contents(
             message.version, values, tensors, dict(message.state.get("plain", {}))

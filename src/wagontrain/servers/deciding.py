@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-from wagontrain.servers.commands import Command
+from wagontrain.servers.commands import Command, Keep
 from wagontrain.servers.messages import Done, Measured, Spoiled
 
 
@@ -34,6 +35,9 @@ class Decisions(Protocol):
 
     def mislaid(self) -> list[Command]:
         """A shard was started again without what it had put aside."""
+
+    def retake(self, unsaved: Iterable[Keep] = ()) -> list[Command]:
+        """A shard has lost its part of snapshots; `unsaved` were to be saved, and have not been."""
 
     def staleness(self) -> dict[str, Any]:
         """Of all pushes."""

@@ -169,6 +169,29 @@ class Descent:
         """Nothing is asked of the shards here."""
         return []
 
+    def retake(self, unsaved: Iterable[Keep] = ()) -> list[Command]:
+        """A shard has lost its part of snapshots: others are made, as training is now.
+
+        Validations begin again, of a state that all shards have.
+
+        Args:
+            unsaved: snapshots that were to be saved, and have not been.
+        """
+        commands: list[Command] = []
+        for number, validation in list(self._validations.open.items()):
+            held = self._roster.held.items()
+            for lease in [each for each, one in held if one.work.snapshot == number]:
+                self._roster.take(lease)  # what comes of it is of no use
+            del self._validations.open[number]
+            keep = self._keep(validation.keep.epoch, validation.keep.final)
+            commands += [Drop(number), keep, *self._validations.begin(keep)]
+        again = {command.epoch for command in commands if isinstance(command, Keep)}
+        for keep in unsaved:
+            if keep.epoch not in again:
+                made = self._keep(keep.epoch, keep.final)
+                commands += [made, Drop(made.number)]
+        return self._settle(commands) if commands else []
+
     def keep(self) -> list[Command]:
         """A snapshot now, to be saved; it is not validated, and nobody drops it but who asked."""
         return [self._keep(self._supply.epoch)]

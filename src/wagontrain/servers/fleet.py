@@ -105,7 +105,6 @@ class Fleet:
         self._begun_all = False
         self._log: deque[Commit] = deque(maxlen=_LOG)
         self._waiting: deque[_Norm | Message] = deque()
-        self._kept: set[int] = set()
         self._asked: dict[int, _Asked] = {}
         self._numbers = 0
 
@@ -130,8 +129,8 @@ class Fleet:
                 return shard
         raise WorkerError("this comes from no shard of the job")
 
-    def hello(self, peer: bytes, message: Hello, now: float) -> None:
-        """A shard is there, for the first time or again.
+    def hello(self, peer: bytes, message: Hello, now: float) -> bool:
+        """A shard is there, for the first time or again; whether it is one that was only cut off.
 
         Raises:
             WorkerError: there is no such shard in this job.
@@ -139,7 +138,11 @@ class Fleet:
         if not 0 <= message.index < len(self.shards):
             raise WorkerError(f"shard {message.index} is none of this job's {len(self.shards)}")
         shard = self.shards[message.index]
+        same = shard.ready and shard.endpoint == message.endpoint
         shard.peer, shard.endpoint, shard.seen = peer, message.endpoint, now
+        if same and message.applied is not None:
+            self._bring_up(shard, message.applied)
+            return True
         shard.ready, shard.holds = False, {}
         shard.started += 1
         if not self.mirrored or self._begun_all:
@@ -148,6 +151,7 @@ class Fleet:
             self._begun_all = True
             for index in range(len(self.shards)):
                 self._set_up(index)
+        return False
 
     def _set_up(self, index: int) -> None:
         """Tell a process what to hold, and give it, or say where that is."""
@@ -193,7 +197,7 @@ class Fleet:
     def is_ready(self, message: Ready) -> bool:
         """A process has one of the shards it is to hold; whether that was the last.
 
-        It is sent the commits since.
+        It is sent the commits since. Its part of what was kept is gone: see `Descent.retake`.
 
         Raises:
             TrainingError: they are not known any longer.
@@ -205,19 +209,28 @@ class Fleet:
         shard.holds[message.index] = message.version
         if len(shard.holds) < 1 + self.mirrored:
             return False
-        version = min(shard.holds.values())
+        self._bring_up(shard, min(shard.holds.values()))
+        return True
+
+    def _bring_up(self, shard: Shard, version: int) -> None:
+        """Send a shard what it has missed.
+
+        Raises:
+            TrainingError: that is not known any longer.
+        """
         if self._log and version < self._log[0].version - 1:
             raise TrainingError(
-                f"server shard {process} went on from update {version}, and what came after it is "
-                f"not known any longer: resume from the run's checkpoint"
+                f"server shard {self.shards.index(shard)} went on from update {version}, and what "
+                "came after it is not known any longer: resume from the run's checkpoint"
             )
         shard.ready, shard.applied = True, version
         for commit in self._log:
             if commit.version > version:
                 self._send(shard.peer, commit, ())
-        for number in sorted(self._kept):  # its part of what was kept is gone: keep what it has
-            self._send(shard.peer, Snapshot(number), ())
-        return True
+        head = self._waiting[0] if self._waiting else None
+        if isinstance(head, _Norm):
+            head.squares.clear()
+            self._ask_norm(head.commit)
 
     def commit(self, commit: Commit) -> None:
         """Have every shard apply a commit, clipped first where that is wanted."""
@@ -306,10 +319,6 @@ class Fleet:
         self._tell(commit)
 
     def _tell(self, message: Message) -> None:
-        if isinstance(message, Snapshot):
-            self._kept.add(message.number)
-        elif isinstance(message, Release):
-            self._kept.discard(message.number)
         for shard in self.shards:
             if shard.ready:
                 self._send(shard.peer, message, ())

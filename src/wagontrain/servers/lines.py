@@ -26,6 +26,7 @@ from wagontrain.servers.messages import (
     Values,
     encode,
 )
+from wagontrain.servers.staging import GIVEN_UP
 from wagontrain.servers.wire import Incoming, Line, Network
 
 _POLL = 200
@@ -38,6 +39,14 @@ RowsOf = Callable[[int], Mapping[str, tuple[Tensor, Tensor]]]
 
 class ClosingError(WorkerError):
     """The worker ends; nobody waits for an answer any longer."""
+
+
+class GivenUpError(WorkerError):
+    """This worker takes part no longer: it has to say hello again."""
+
+
+class RefusedError(WorkerError):
+    """A shard said why it cannot do what it was asked."""
 
 
 class Lines:
@@ -75,7 +84,9 @@ class Lines:
             own: not before pushes of this worker are settled.
 
         Raises:
-            WorkerError: a shard refused, or did not answer in time.
+            RefusedError: a shard refused.
+            GivenUpError: it does so because this worker takes part no longer.
+            WorkerError: a shard did not answer in time.
         """
         self._number += 1
         number = self._number
@@ -154,7 +165,9 @@ class Lines:
 
         Raises:
             LossError: it is not finite; names the parameter.
-            WorkerError: a shard refused, or did not answer in time.
+            RefusedError: a shard refused.
+            GivenUpError: it does so because this worker takes part no longer.
+            WorkerError: a shard did not answer in time.
         """
 
         def take(shard: int, incoming: Incoming) -> bool:
@@ -212,8 +225,11 @@ class Lines:
     def _taken(self, shard: int, incoming: Incoming, take: Callable[[int, Incoming], bool]) -> bool:
         try:
             if isinstance(incoming.message, Refusal):
-                kind = LossError if "finite" in incoming.message.reason else WorkerError
-                raise kind(f"server shard {shard}: {incoming.message.reason}")
+                reason = incoming.message.reason
+                kind: type[Exception] = LossError if "finite" in reason else RefusedError
+                if reason.endswith(GIVEN_UP):
+                    kind = GivenUpError
+                raise kind(f"server shard {shard}: {reason}")
             return take(shard, incoming)
         finally:
             incoming.drop()

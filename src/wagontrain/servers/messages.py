@@ -350,7 +350,11 @@ Message = (
     | PullState
 )  # fmt: skip
 
-_ADAPTER: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
+# A validation loss may well be infinite, which is no reason to refuse what a worker measured.
+_ADAPTER: TypeAdapter[Message] = TypeAdapter(
+    Annotated[Message, Field(discriminator="kind")],
+    config=pydantic.ConfigDict(ser_json_inf_nan="constants"),
+)
 
 
 def encode(message: Message) -> bytes:

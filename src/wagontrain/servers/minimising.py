@@ -14,6 +14,7 @@ follow. While a batch is evaluated there is none, so that all portions are of th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from wagontrain.errors import LossError
 from wagontrain.servers import lbfgs
 from wagontrain.servers.commands import (
     Command,
+    Drop,
     Fail,
     Finish,
     Forget,
@@ -71,6 +73,7 @@ class Minimisation:
         self._loss = math.nan
         self._weight = 0.0
         self._leases = self._snapshots = 0
+        self._again: list[tuple[int, bool, bool]] = []
 
     # ------------------------------------------------------------------------------- events
 
@@ -262,10 +265,44 @@ class Minimisation:
             Stepped(self.steps, epoch, samples, made.loss, self._weight, fields)
         ]
         if self.steps % self.course.steps_of_epoch == 0 or self._exhausted:
-            number, self._snapshots = self._snapshots, self._snapshots + 1
-            reached = replace(self.course, first_step=self.steps).reached()
-            keep = Keep(number, epoch, self.steps, reached, self._exhausted, self.memory.copy())
+            keep = self._keep(epoch, self._exhausted)
             commands += [keep, *self._validations.begin(keep)]
+        return commands + self._keep_again()
+
+    def _keep(self, epoch: int, final: bool) -> Keep:
+        number, self._snapshots = self._snapshots, self._snapshots + 1
+        reached = replace(self.course, first_step=self.steps).reached()
+        return Keep(number, epoch, self.steps, reached, final, self.memory.copy())
+
+    def retake(self, unsaved: Iterable[Keep] = ()) -> list[Command]:
+        """A shard has lost its part of snapshots: others are made when no step is under way.
+
+        Args:
+            unsaved: snapshots that were to be saved, and have not been.
+        """
+        commands: list[Command] = []
+        for number, validation in list(self._validations.open.items()):
+            held = self._roster.held.items()
+            for lease in [each for each, one in held if one.work.snapshot == number]:
+                self._roster.take(lease)  # what comes of it is of no use
+            del self._validations.open[number]
+            self._again.append((validation.keep.epoch, validation.keep.final, True))
+            commands.append(Drop(number))
+        again = {epoch for epoch, _, _ in self._again}
+        for keep in unsaved:
+            if keep.epoch not in again:
+                self._again.append((keep.epoch, keep.final, False))
+        if self._step is None:
+            commands += self._keep_again()
+        return self._settle(commands) if commands else []
+
+    def _keep_again(self) -> list[Command]:
+        commands: list[Command] = []
+        for epoch, final, validate in self._again:
+            keep = self._keep(epoch, final)
+            after = self._validations.begin(keep) if validate else [Drop(keep.number)]
+            commands += [keep, *after]
+        self._again.clear()
         return commands
 
     # -------------------------------------------------------------------- the evaluations

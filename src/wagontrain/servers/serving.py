@@ -54,7 +54,9 @@ class Filling:
     """A shard whose state is to come from another process."""
 
     line: Line
+    wanted: PullState
     until: float
+    connections: int = 0
 
 
 class Server:
@@ -88,6 +90,7 @@ class Server:
         self._keeper: Keeper | None = None
         self._over = False
         self._next_beat = 0.0
+        self._connections = 0
 
     def run(self) -> None:
         """Serve until the coordinator says stop.
@@ -95,13 +98,12 @@ class Server:
         Raises:
             WorkerError: the coordinator cannot be reached any longer.
         """
-        self.line.send(
-            Hello(
-                "shard", __version__, socket.gethostname(), os.getpid(),
-                endpoint=self.listener.endpoint, index=self.index,
-            )
-        )  # fmt: skip
+        self._say_hello()
         while not self._over:
+            connections = self.line.connections()
+            if connections > self._connections > 0:  # what was said meanwhile is lost
+                self._say_hello()
+            self._connections = connections
             due = min(self._keep_time(), self.answers.expire())
             ready = self._ready_within(due)
             # Commits first: they let questions go on, and make room for pushes.
@@ -113,6 +115,17 @@ class Server:
                 self.answers.answer_one()
         if self._keeper is not None:
             self._keeper.close()
+
+    def _say_hello(self) -> None:
+        """Tell the coordinator that this shard is there, and what it has if it has all."""
+        whole = self.index in self.shards and not self.empty
+        applied = min(shard.version for shard in self.shards.values()) if whole else None
+        self.line.send(
+            Hello(
+                "shard", __version__, socket.gethostname(), os.getpid(),
+                endpoint=self.listener.endpoint, index=self.index, applied=applied,
+            )
+        )  # fmt: skip
 
     def _ready_within(self, seconds: float) -> dict[Any, int]:
         poller = zmq.Poller()
@@ -195,8 +208,9 @@ class Server:
             self._take_up(shard, read(Path(job.file), shard.values.now.regions))
         elif message.source:
             line = self.network.connect(message.source)
-            line.send(PullState(None, job.index, message.version))
-            self._filling[job.index] = Filling(line, time.monotonic() + self.patience)
+            wanted = PullState(None, job.index, message.version)
+            line.send(wanted)
+            self._filling[job.index] = Filling(line, wanted, time.monotonic() + self.patience)
 
     def _fill(self, incoming: Incoming, message: Fill) -> None:
         index = self.index if message.shard < 0 else message.shard
@@ -222,6 +236,10 @@ class Server:
         """Take what other processes sent of a state."""
         for index, filling in list(self._filling.items()):
             try:
+                connections = filling.line.connections()
+                if connections > filling.connections > 0:
+                    filling.line.send(filling.wanted)
+                filling.connections = connections
                 incoming = filling.line.receive(0)
                 if incoming is None and time.monotonic() < filling.until:
                     continue

@@ -12,6 +12,9 @@ from wagontrain.errors import WorkerError
 from wagontrain.servers.messages import Push
 from wagontrain.servers.parts import ASSIGNED, PUSHED, Buffer, Part, region_of
 
+GIVEN_UP = "was given up: say hello again"
+"""How a refusal ends that is for a worker which takes part no longer."""
+
 Name = tuple[int, int]
 """Worker and sequence of a push."""
 
@@ -88,7 +91,7 @@ class Staging:
         if (worker, sequence) in self.held or sequence in self.settled.get(worker, ()):
             return True
         if worker in self.gone:
-            raise WorkerError(f"worker {worker} was given up: say hello again")
+            raise WorkerError(f"worker {worker} {GIVEN_UP}")
         if sequence < 0 or worker < 0:
             raise WorkerError(f"push {sequence} of worker {worker} has no proper name")
         waiting = sum(owner == worker for owner, _ in self.held)

@@ -17,6 +17,7 @@ from wagontrain.errors import LossError
 from wagontrain.objective import Objective, nothing
 from wagontrain.servers import placing, remote
 from wagontrain.servers.client import Client
+from wagontrain.servers.lines import RefusedError
 from wagontrain.servers.messages import Done, Lease
 from wagontrain.servers.model import FlatModel, entries_of
 from wagontrain.servers.parts import PUSHED, WHOLE, Whole
@@ -305,7 +306,11 @@ class Worker:
             self._take(self._fetch)
             self._fetch = None
         live = self.flat.values
-        client.await_(client.fetch(self._slices(self._spare), 0, lease.snapshot))
+        try:
+            client.await_(client.fetch(self._slices(self._spare), 0, lease.snapshot))
+        except RefusedError as error:  # the snapshot is gone: a shard was lost, and another is made
+            client.spoiled(lease.number, str(error))
+            return
         self.flat.show(self._spare)
         self.tables.begin(0, lease.snapshot)
         self.model.eval()
