@@ -118,6 +118,7 @@ class Harmed(Threads):
 GIVE_UP, CUT, KILL = ("give up", "say again"), ("cut",), ("kill a shard",)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("consistency", "ways", "harms", "epochs"),
     [

@@ -530,7 +530,8 @@ def test_gates_that_mean_nothing(gate: Callable[[], Gate], message: str) -> None
         gate()
 
 
-def test_a_snapshot_that_a_shard_lost_is_taken_again_and_validated_anew() -> None:
+@pytest.mark.parametrize("how", ["restarted", "refused"])
+def test_a_snapshot_that_a_shard_lost_is_taken_again_and_validated_anew(how: str) -> None:
     fleet = Fleet(Course(8, 4, 2, validation_samples=4, validation_batch=2), Gate("asynchronous"))
     for _ in range(2):
         fleet.join()
@@ -544,7 +545,11 @@ def test_a_snapshot_that_a_shard_lost_is_taken_again_and_validated_anew() -> Non
     assert {worker.hand[0].purpose for worker in (first, second)} == {"validate"}
     fleet.work(first)  # half of it is measured, of a state that one shard has no more
     (old,) = fleet.kept
-    fleet.carry_out(fleet.descent.retake())
+    if how == "restarted":
+        fleet.carry_out(fleet.descent.retake())
+    else:  # the order to keep it was lost with a connection
+        lease = second.hand[0].number
+        fleet.carry_out(fleet.descent.spoiled(Spoiled(second.number, lease, "none", gone=True)))
     (new,) = fleet.kept
     assert new != old
     assert fleet.kept[new].epoch == 0

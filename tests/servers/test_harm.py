@@ -265,6 +265,7 @@ def harmed(hosts: Nursery, folder: Path, harms: int, epochs: int, seed: int) -> 
     return job.check()
 
 
+@pytest.mark.whole
 def test_ten_harms(first: Nursery, tmp_path: Path) -> None:
     assert harmed(first, tmp_path, 10, 40, seed=1) < 0.2
 

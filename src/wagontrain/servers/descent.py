@@ -137,8 +137,11 @@ class Descent:
         if self.over or member is None:
             return []
         member.stale.discard(message.lease)
-        if self._roster.held_by(message.worker, message.lease) is None:
+        held = self._roster.held_by(message.worker, message.lease)
+        if held is None:
             return self._settle([])
+        if message.gone and held.work.purpose == "validate":
+            return self.retake()
         return self._settle(self._spoil(message.lease, message.reason))
 
     def measured(self, message: Measured) -> list[Command]:

@@ -176,11 +176,15 @@ class Done:
 
 @dataclass(frozen=True)
 class Spoiled:
-    """A worker could not give a gradient for a lease; `reason` names what is not finite."""
+    """A worker could not give a gradient for a lease; `reason` names what is not finite.
+
+    With `gone`, a shard does not have the snapshot that was to be validated.
+    """
 
     worker: int
     lease: int
     reason: str
+    gone: bool = False
     kind: Literal["spoiled"] = "spoiled"
 
 

@@ -144,6 +144,8 @@ class Minimisation:
         held = self._roster.held_by(message.worker, message.lease)
         if held is None:
             return self._settle([])
+        if message.gone and held.work.purpose == "validate":
+            return self.retake()
         self._roster.take(message.lease)
         where = self._where(held)
         training = held.work.purpose == "train"

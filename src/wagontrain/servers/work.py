@@ -312,8 +312,8 @@ class Worker:
         live = self.flat.values
         try:
             client.await_(client.fetch(self._slices(self._spare), 0, lease.snapshot))
-        except RefusedError as error:  # the snapshot is gone: a shard was lost, and another is made
-            client.spoiled(lease.number, str(error))
+        except RefusedError as error:  # a shard, or the order to keep it, was lost
+            client.spoiled(lease.number, str(error), gone=True)
             return
         self.flat.show(self._spare)
         self.tables.begin(0, lease.snapshot)
