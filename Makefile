@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-whole check format bench clean
+.PHONY: help demo test test-whole test-long check format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ demo: $(READY)  ## train LeNet on real digits over 2 worker processes
 	$(BIN)/wagontrain run examples/mnist.py --workers 2 --strategy data-parallel
 
 test: $(READY)  ## run the tests, save for whole trainings
-	$(BIN)/python -m pytest -m 'not whole'
+	$(BIN)/python -m pytest -m 'not whole and not long'
 
 test-whole: $(READY)  ## train to the end by the commands a person types, on hosts of a test bed
 	$(BIN)/python -m pytest -n 0 -m whole
@@ -30,6 +30,9 @@ check: $(READY)  ## lint, types, layers
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+test-long: $(READY)  ## a hundred harms to workers and servers of one run, by chance
+	$(BIN)/python -m pytest -n 0 -m long
 
 format: $(READY)  ## format and sort imports
 	$(BIN)/ruff check --fix .

@@ -270,7 +270,8 @@ def test_ten_harms(first: Nursery, tmp_path: Path) -> None:
     assert harmed(first, tmp_path, 10, 40, seed=1) < 0.2
 
 
-@pytest.mark.whole
+@pytest.mark.long
+@pytest.mark.timeout(1800)
 def test_a_hundred_harms(first: Nursery, tmp_path: Path) -> None:
     """And what was learned is as good as where nothing happened: 0.09 is the points' noise."""
     calm, harmed_ = tmp_path / "calm", tmp_path / "harmed"
