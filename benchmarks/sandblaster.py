@@ -5,7 +5,8 @@
 Full-batch L-BFGS of LeNet on a test bed, `wagontrain run` in each host under torchrun's variables.
 One host has a quarter of the others' cores. Small portions (10 for each worker) and equal ones (1)
 take turns, fresh processes each time; the same with four equal hosts says what the slow one costs.
-What counts is the time of one evaluation of the whole batch with all that belongs to it, over all
+One bed after the other may be measured (--beds): the page is made of all that the day's JSON file
+has. What counts is the time of one evaluation of the whole batch with all that belongs to it, over all
 steps but the first, in which processes start.
 """
 
@@ -38,6 +39,9 @@ def task() -> wt.Task:
     made = mnist.batch()
     minimise = partial(made.optimizer, max_iter=5)
     return replace(made, optimizer=minimise, validation=None, epochs=3)
+
+
+BEDS = ("equal", "one slow")
 
 
 @dataclass
@@ -73,8 +77,9 @@ def take_turn(bed: Bed, turns: Turns, asked: argparse.Namespace) -> None:
 
 
 def measure(asked: argparse.Namespace) -> list[Turns]:
-    """All rounds on both beds."""
+    """All rounds on the beds asked for."""
     beds = {"equal": {}, "one slow": {asked.hosts - 1: asked.cpus / 4}}
+    beds = {hosts: slow for hosts, slow in beds.items() if hosts in asked.beds}
     every = [Turns(hosts, portions) for hosts in beds for portions in (10, 1)]
     for hosts, slow in beds.items():
         with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
@@ -90,7 +95,8 @@ def report(every: list[Turns], asked: argparse.Namespace) -> str:
     """The whole Markdown page."""
     where = origin()
     command = where["command"].replace("harness.py", "sandblaster.py")
-    base = next(each for each in every if (each.hosts, each.portions) == ("equal", 10))
+    equal = [each for each in every if (each.hosts, each.portions) == ("equal", 10)]
+    base = statistics.median(equal[0].seconds) if equal and equal[0].seconds else None
     lines = [
         f"# {asked.name}, {time.strftime('%Y-%m-%d')}", "",
         f"{asked.hosts} hosts of a test bed on one machine, {asked.cpus:g} core each, the slow one "
@@ -108,7 +114,7 @@ def report(every: list[Turns], asked: argparse.Namespace) -> str:
             continue
         seconds = statistics.median(turns.seconds)
         spread = f"{min(turns.seconds) * 1e3:.0f} to {max(turns.seconds) * 1e3:.0f}"
-        ratio = f"{seconds / statistics.median(base.seconds):.2f}" if base.seconds else ""
+        ratio = f"{seconds / base:.2f}" if base else ""
         told = [each["minimised"] for each in turns.summaries]
         twice = sum(each["given_twice"] for each in told) / sum(
             each["evaluations"] for each in told
@@ -127,14 +133,20 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
     parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one turn")
     parser.add_argument("--name", default="sandblaster", help="of the file in benchmarks/results")
     asked = parser.parse_args()
     prepare()
-    every = measure(asked)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{asked.name}"
+    record = file.with_suffix(".json")
+    before = json.loads(record.read_text())["turns"] if record.exists() else []
+    every = [Turns(**each) for each in before if each["hosts"] not in asked.beds]
+    every += measure(asked)
+    kept = {**origin(), "options": vars(asked), "turns": [vars(each) for each in every]}
+    record.write_text(json.dumps(kept, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(every, asked))
     print(report(every, asked))
 
