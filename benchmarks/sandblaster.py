@@ -5,9 +5,9 @@
 Full-batch L-BFGS of LeNet on a test bed, `wagontrain run` in each host under torchrun's variables.
 One host has a quarter of the others' cores. Small portions (10 for each worker) and equal ones (1)
 take turns, fresh processes each time; the same with four equal hosts says what the slow one costs.
-One bed after the other may be measured (--beds): the page is made of all that the day's JSON file
-has. What counts is the time of one evaluation of the whole batch with all that belongs to it, over all
-steps but the first, in which processes start.
+Beds and portions may be measured one after the other (--beds, --portions): the page is made of all
+that the day's JSON file has. What counts is the time of one evaluation of the whole batch with all that belongs to it, over
+all steps but the first, in which processes start.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def measure(asked: argparse.Namespace) -> list[Turns]:
     """All rounds on the beds asked for."""
     beds = {"equal": {}, "one slow": {asked.hosts - 1: asked.cpus / 4}}
     beds = {hosts: slow for hosts, slow in beds.items() if hosts in asked.beds}
-    every = [Turns(hosts, portions) for hosts in beds for portions in (10, 1)]
+    every = [Turns(hosts, portions) for hosts in beds for portions in asked.portions]
     for hosts, slow in beds.items():
         with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
             for number in range(asked.rounds):
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
     parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
     parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
+    parser.add_argument("--portions", nargs="+", type=int, default=[10, 1])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one turn")
     parser.add_argument("--name", default="sandblaster", help="of the file in benchmarks/results")
@@ -143,8 +144,11 @@ def main() -> None:
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{asked.name}"
     record = file.with_suffix(".json")
     before = json.loads(record.read_text())["turns"] if record.exists() else []
-    every = [Turns(**each) for each in before if each["hosts"] not in asked.beds]
-    every += measure(asked)
+    every = [
+        Turns(**each)
+        for each in before
+        if each["hosts"] not in asked.beds or each["portions"] not in asked.portions
+    ] + measure(asked)
     kept = {**origin(), "options": vars(asked), "turns": [vars(each) for each in every]}
     record.write_text(json.dumps(kept, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(every, asked))
