@@ -5,9 +5,9 @@
 Full-batch L-BFGS of LeNet on a test bed, `wagontrain run` in each host under torchrun's variables.
 One host has a quarter of the others' cores. Small portions (10 for each worker) and equal ones (1)
 take turns, fresh processes each time; the same with four equal hosts says what the slow one costs.
-Beds and portions may be measured one after the other (--beds, --portions): the page is made of all
-that the day's JSON file has. What counts is the time of one evaluation of the whole batch with all that belongs to it, over
-all steps but the first, in which processes start.
+Beds and ways may be measured one after the other (--beds, --ways): the page is made of all
+that the day's JSON file has. What counts is the time of one evaluation of the whole batch with all
+that belongs to it, over all steps but the first, in which processes start.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ def task() -> wt.Task:
 
 
 BEDS = ("equal", "one slow")
+WAYS = {
+    "small": ["portions=10"],
+    "equal": ["portions=1"],
+    "equal, none given twice": ["portions=1", "duplicate=false"],
+}
 
 
 @dataclass
@@ -49,7 +54,8 @@ class Turns:
     """What the rounds of one way on one bed gave."""
 
     hosts: str
-    portions: int
+    way: str
+    commit: str
     seconds: list[float] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -62,7 +68,7 @@ def take_turn(bed: Bed, turns: Turns, asked: argparse.Namespace) -> None:
         command = [
             sys.executable, "-m", "wagontrain", "run",
             f"{ROOT / 'benchmarks' / 'sandblaster.py'}", "--strategy", "sandblaster",
-            "--set", f"portions={turns.portions}", "--run-dir", f"{folder}/R",
+            "--run-dir", f"{folder}/R", *(f"--set={each}" for each in WAYS[turns.way]),
         ]  # fmt: skip
         ended = run(bed, command, say=lines.append, timeout=asked.timeout)
         events = Path(folder) / "R" / "events.jsonl"
@@ -80,14 +86,15 @@ def measure(asked: argparse.Namespace) -> list[Turns]:
     """All rounds on the beds asked for."""
     beds = {"equal": {}, "one slow": {asked.hosts - 1: asked.cpus / 4}}
     beds = {hosts: slow for hosts, slow in beds.items() if hosts in asked.beds}
-    every = [Turns(hosts, portions) for hosts in beds for portions in asked.portions]
+    commit = origin()["commit"]
+    every = [Turns(hosts, way, commit) for hosts in beds for way in asked.ways]
     for hosts, slow in beds.items():
         with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
             for number in range(asked.rounds):
                 for turns in (each for each in every if each.hosts == hosts):
                     take_turn(bed, turns, asked)
                     said = turns.failures or f"{turns.seconds[-1] * 1e3:.0f} ms an evaluation"
-                    print(f"{hosts}, {turns.portions}, round {number + 1}: {said}", flush=True)
+                    print(f"{hosts}, {turns.way}, round {number + 1}: {said}", flush=True)
     return every
 
 
@@ -95,22 +102,22 @@ def report(every: list[Turns], asked: argparse.Namespace) -> str:
     """The whole Markdown page."""
     where = origin()
     command = where["command"].replace("harness.py", "sandblaster.py")
-    equal = [each for each in every if (each.hosts, each.portions) == ("equal", 10)]
+    equal = [each for each in every if (each.hosts, each.way) == ("equal", "small")]
     base = statistics.median(equal[0].seconds) if equal and equal[0].seconds else None
     lines = [
         f"# {asked.name}, {time.strftime('%Y-%m-%d')}", "",
         f"{asked.hosts} hosts of a test bed on one machine, {asked.cpus:g} core each, the slow one "
         f"a quarter of that, links of {asked.rate}. {where['machine']}; Python {where['python']}, "
-        f"torch {where['torch']}; commit {where['commit']}.", "", f"    {command}", "",
+        f"torch {where['torch']}.", "", f"    {command}", "",
         f"LeNet on 4,000 digits, L-BFGS on all of them at once. Medians over {asked.rounds} "
         "rounds; three steps of at most 5 iterations, the first not counted.", "",
-        "| hosts | portions a worker | ms an evaluation | rounds | against equal hosts "
-        "| given twice, an evaluation |",
-        "|---|---|---|---|---|---|",
+        "| hosts | portions | ms an evaluation | rounds | against small on equal "
+        "hosts | given twice, an evaluation | commit |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for turns in every:
         if not turns.seconds:
-            lines.append(f"| {turns.hosts} | {turns.portions} | failed: {turns.failures} | | | |")
+            lines.append(f"| {turns.hosts} | {turns.way} | failed: {turns.failures} | | | | |")
             continue
         seconds = statistics.median(turns.seconds)
         spread = f"{min(turns.seconds) * 1e3:.0f} to {max(turns.seconds) * 1e3:.0f}"
@@ -120,8 +127,8 @@ def report(every: list[Turns], asked: argparse.Namespace) -> str:
             each["evaluations"] for each in told
         )
         lines.append(
-            f"| {turns.hosts} | {turns.portions} | **{seconds * 1e3:.0f}** | {spread} | {ratio} "
-            f"| {twice:.1f} |"
+            f"| {turns.hosts} | {turns.way} | **{seconds * 1e3:.0f}** | {spread} | {ratio} "
+            f"| {twice:.1f} | {turns.commit} |"
         )
     return "\n".join([*lines, ""])
 
@@ -134,7 +141,7 @@ def main() -> None:
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
     parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
     parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
-    parser.add_argument("--portions", nargs="+", type=int, default=[10, 1])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one turn")
     parser.add_argument("--name", default="sandblaster", help="of the file in benchmarks/results")
@@ -147,7 +154,7 @@ def main() -> None:
     every = [
         Turns(**each)
         for each in before
-        if each["hosts"] not in asked.beds or each["portions"] not in asked.portions
+        if each["hosts"] not in asked.beds or each["way"] not in asked.ways
     ] + measure(asked)
     kept = {**origin(), "options": vars(asked), "turns": [vars(each) for each in every]}
     record.write_text(json.dumps(kept, indent=1) + "\n")
