@@ -5,8 +5,9 @@
 Full-batch L-BFGS of LeNet on a test bed, `wagontrain run` in each host under torchrun's variables.
 One host has a quarter of the others' cores. Small portions (10 for each worker) and equal ones (1)
 take turns, fresh processes each time; the same with four equal hosts says what the slow one costs.
-What counts is the time of one evaluation of the whole batch with all that belongs to it, over all
-steps but the first, in which processes start.
+Beds and ways may be measured one after the other (--beds, --ways): the page is made of all
+that the day's JSON file has. What counts is the time of one evaluation of the whole batch with all
+that belongs to it, over all steps but the first, in which processes start.
 """
 
 from __future__ import annotations
@@ -40,12 +41,21 @@ def task() -> wt.Task:
     return replace(made, optimizer=minimise, validation=None, epochs=3)
 
 
+BEDS = ("equal", "one slow")
+WAYS = {
+    "small": ["portions=10"],
+    "equal": ["portions=1"],
+    "equal, none given twice": ["portions=1", "duplicate=false"],
+}
+
+
 @dataclass
 class Turns:
     """What the rounds of one way on one bed gave."""
 
     hosts: str
-    portions: int
+    way: str
+    commit: str
     seconds: list[float] = field(default_factory=list)
     summaries: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -58,7 +68,7 @@ def take_turn(bed: Bed, turns: Turns, asked: argparse.Namespace) -> None:
         command = [
             sys.executable, "-m", "wagontrain", "run",
             f"{ROOT / 'benchmarks' / 'sandblaster.py'}", "--strategy", "sandblaster",
-            "--set", f"portions={turns.portions}", "--run-dir", f"{folder}/R",
+            "--run-dir", f"{folder}/R", *(f"--set={each}" for each in WAYS[turns.way]),
         ]  # fmt: skip
         ended = run(bed, command, say=lines.append, timeout=asked.timeout)
         events = Path(folder) / "R" / "events.jsonl"
@@ -73,16 +83,18 @@ def take_turn(bed: Bed, turns: Turns, asked: argparse.Namespace) -> None:
 
 
 def measure(asked: argparse.Namespace) -> list[Turns]:
-    """All rounds on both beds."""
+    """All rounds on the beds asked for."""
     beds = {"equal": {}, "one slow": {asked.hosts - 1: asked.cpus / 4}}
-    every = [Turns(hosts, portions) for hosts in beds for portions in (10, 1)]
+    beds = {hosts: slow for hosts, slow in beds.items() if hosts in asked.beds}
+    commit = origin()["commit"]
+    every = [Turns(hosts, way, commit) for hosts in beds for way in asked.ways]
     for hosts, slow in beds.items():
         with Bed.up(Shape(asked.hosts, asked.rate, asked.cpus, slow=slow)) as bed:
             for number in range(asked.rounds):
                 for turns in (each for each in every if each.hosts == hosts):
                     take_turn(bed, turns, asked)
                     said = turns.failures or f"{turns.seconds[-1] * 1e3:.0f} ms an evaluation"
-                    print(f"{hosts}, {turns.portions}, round {number + 1}: {said}", flush=True)
+                    print(f"{hosts}, {turns.way}, round {number + 1}: {said}", flush=True)
     return every
 
 
@@ -90,32 +102,33 @@ def report(every: list[Turns], asked: argparse.Namespace) -> str:
     """The whole Markdown page."""
     where = origin()
     command = where["command"].replace("harness.py", "sandblaster.py")
-    base = next(each for each in every if (each.hosts, each.portions) == ("equal", 10))
+    equal = [each for each in every if (each.hosts, each.way) == ("equal", "small")]
+    base = statistics.median(equal[0].seconds) if equal and equal[0].seconds else None
     lines = [
         f"# {asked.name}, {time.strftime('%Y-%m-%d')}", "",
         f"{asked.hosts} hosts of a test bed on one machine, {asked.cpus:g} core each, the slow one "
         f"a quarter of that, links of {asked.rate}. {where['machine']}; Python {where['python']}, "
-        f"torch {where['torch']}; commit {where['commit']}.", "", f"    {command}", "",
+        f"torch {where['torch']}.", "", f"    {command}", "",
         f"LeNet on 4,000 digits, L-BFGS on all of them at once. Medians over {asked.rounds} "
         "rounds; three steps of at most 5 iterations, the first not counted.", "",
-        "| hosts | portions a worker | ms an evaluation | rounds | against equal hosts "
-        "| given twice, an evaluation |",
-        "|---|---|---|---|---|---|",
+        "| hosts | portions | ms an evaluation | rounds | against small on equal "
+        "hosts | given twice, an evaluation | commit |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for turns in every:
         if not turns.seconds:
-            lines.append(f"| {turns.hosts} | {turns.portions} | failed: {turns.failures} | | | |")
+            lines.append(f"| {turns.hosts} | {turns.way} | failed: {turns.failures} | | | | |")
             continue
         seconds = statistics.median(turns.seconds)
         spread = f"{min(turns.seconds) * 1e3:.0f} to {max(turns.seconds) * 1e3:.0f}"
-        ratio = f"{seconds / statistics.median(base.seconds):.2f}" if base.seconds else ""
+        ratio = f"{seconds / base:.2f}" if base else ""
         told = [each["minimised"] for each in turns.summaries]
         twice = sum(each["given_twice"] for each in told) / sum(
             each["evaluations"] for each in told
         )
         lines.append(
-            f"| {turns.hosts} | {turns.portions} | **{seconds * 1e3:.0f}** | {spread} | {ratio} "
-            f"| {twice:.1f} |"
+            f"| {turns.hosts} | {turns.way} | **{seconds * 1e3:.0f}** | {spread} | {ratio} "
+            f"| {twice:.1f} | {turns.commit} |"
         )
     return "\n".join([*lines, ""])
 
@@ -127,14 +140,24 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="1gbit", help="of each link, as tc writes it")
     parser.add_argument("--cpus", type=float, default=0.45, help="cores of each host")
+    parser.add_argument("--beds", nargs="+", choices=BEDS, default=BEDS)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one turn")
     parser.add_argument("--name", default="sandblaster", help="of the file in benchmarks/results")
     asked = parser.parse_args()
     prepare()
-    every = measure(asked)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{asked.name}"
+    record = file.with_suffix(".json")
+    before = json.loads(record.read_text())["turns"] if record.exists() else []
+    every = [
+        Turns(**each)
+        for each in before
+        if each["hosts"] not in asked.beds or each["way"] not in asked.ways
+    ] + measure(asked)
+    kept = {**origin(), "options": vars(asked), "turns": [vars(each) for each in every]}
+    record.write_text(json.dumps(kept, indent=1) + "\n")
     file.with_suffix(".md").write_text(report(every, asked))
     print(report(every, asked))
 

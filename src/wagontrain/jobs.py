@@ -128,7 +128,8 @@ def start(
         with _one_voice(place):
             summary, path = crew.start(order, task, count, place, run_dir, label, display)
         result = Result(summary, path)
-        _show(result, display)
+        if summary:  # the others have worked for the one that has it
+            _show(result, display)
         return result
     if place is not None or (count == 1 and not engine.travels):
         with _one_voice(place) as voice:

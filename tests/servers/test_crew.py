@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,6 +191,34 @@ def test_a_killed_shard_of_sandblaster(started: Callable[..., Running], replicas
     # Least squares on six unknowns: L-BFGS is there long before the end.
     assert summary["validation"]["loss"] < 1e-8
     assert "iterations" in out
+
+
+def test_under_torchrun_the_first_process_leads_and_all_end_well(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(TASK)
+    command = [sys.executable, "-m", "wagontrain", "run", "job.py:batch", "--strategy",
+               "sandblaster", "--steps", "2", "--run-dir", "R"]  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    places = [
+        {
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1",
+        }
+        for rank in "01"
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=tmp_path, env=os.environ | place, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for place in places
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=90) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert json.loads((tmp_path / "R" / "summary.json").read_text())["most_workers"] == 2
 
 
 def test_a_wrong_secret_and_nobody_there(started: Callable[..., Running], tmp_path: Path) -> None:

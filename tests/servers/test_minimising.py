@@ -459,6 +459,14 @@ def test_what_was_just_given_is_not_given_twice_while_others_work() -> None:
     assert pool.choose(asker(0, others=1)) is not None  # the last one may be lost
 
 
+def test_nothing_is_given_twice_where_that_is_not_wanted() -> None:
+    pool = Pool(range(2), 2, twice=False)
+    for worker in range(2):
+        pool.asked()
+        assert pool.choose(asker(worker)) is not None
+    assert pool.choose(asker(2, others=1)) is None
+
+
 @pytest.mark.parametrize(
     ("pushes", "counting"),
     [

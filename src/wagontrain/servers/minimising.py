@@ -50,15 +50,22 @@ class Minimisation:
         portions: into how many a batch is cut.
         schedule: the optimizer's settings.
         memory: what L-BFGS has kept from steps before.
+        twice: whether portions that are late are given to a second worker.
     """
 
     def __init__(
-        self, course: Course, portions: int, schedule: Schedule, memory: lbfgs.Memory
+        self,
+        course: Course,
+        portions: int,
+        schedule: Schedule,
+        memory: lbfgs.Memory,
+        twice: bool = True,
     ) -> None:
         self.course = course
         self.portions = portions
         self.schedule = schedule
         self.memory = memory
+        self.twice = twice
         self.steps = course.first_step
         self.version = 0
         self.over = False
@@ -241,7 +248,7 @@ class Minimisation:
             commands = [self._operate(request.before)]
             self._awaited = -1  # nobody has to wait for that
         self._evaluating = request
-        self._pool = Pool(self.course.batch(self.steps), self.portions)
+        self._pool = Pool(self.course.batch(self.steps), self.portions, self.twice)
         self.evaluations += 1
         return commands
 

@@ -100,15 +100,17 @@ class Pool:
     Args:
         positions: of the batch, through all epochs.
         count: portions, as many as there are samples at most.
+        twice: whether late ones are given to a second worker.
     """
 
-    def __init__(self, positions: range, count: int) -> None:
+    def __init__(self, positions: range, count: int, twice: bool = True) -> None:
         sizes = even_shares(len(positions), min(len(positions), count))
         self.fresh = deque(Work(part.start, part.stop) for part in ranges(sizes, positions.start))
         self.missing = {work.start for work in self.fresh}
         self.sizes = {work.start: work.stop - work.start for work in self.fresh}
         self.pushes: dict[Name, Push] = {}
         self.copies = 0
+        self._twice = twice
         self._out: dict[int, _Out] = {}
         self._questions = 0
         self._last: dict[int, int] = {}
@@ -128,7 +130,7 @@ class Pool:
             held = self._out.setdefault(work.start, _Out(work, self._questions))
             held.holders.add(asker.worker)
             return Portion(work, alone=len(self.fresh) < since)
-        if self.fresh or asker.busy:
+        if self.fresh or asker.busy or not self._twice:
             return None
         return self._copy(asker)
 

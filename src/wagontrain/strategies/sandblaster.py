@@ -53,12 +53,14 @@ class Sandblaster(Crewed):
         servers: server shards, over which all vectors are divided.
         portions: of a batch, for each worker that is planned; 1 makes equal shares.
         n_push: portions whose gradients travel together, at most.
+        duplicate: whether portions that are late are given to a second worker.
         replicas: copies of every shard's state on another shard: 0 or 1.
     """
 
     servers: int = 1
     portions: int = 10
     n_push: int = 5
+    duplicate: bool = True
     replicas: int = 0
 
     name: ClassVar[str] = "sandblaster"
@@ -119,7 +121,9 @@ class Sandblaster(Crewed):
             first_step = int(site.source.plain["steps"])
         rates = Rates(image.optimizer, image.scheduler, dict)
         portions = self.portions * site.workers
-        decisions = Minimisation(site.course(task, first_step), portions, rates, image.memory)
+        decisions = Minimisation(
+            site.course(task, first_step), portions, rates, image.memory, self.duplicate
+        )
         # One worker may come to have all portions; what does not count any more is let go of.
         jobs = image.jobs(({},), {}, None, most=2 * portions + 64)
         record = Record(task, self, image, site, decisions)
