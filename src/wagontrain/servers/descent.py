@@ -181,13 +181,9 @@ class Descent:
             unsaved: snapshots that were to be saved, and have not been.
         """
         commands: list[Command] = []
-        for number, validation in list(self._validations.open.items()):
-            held = self._roster.held.items()
-            for lease in [each for each, one in held if one.work.snapshot == number]:
-                self._roster.take(lease)  # what comes of it is of no use
-            del self._validations.open[number]
-            keep = self._keep(validation.keep.epoch, validation.keep.final)
-            commands += [Drop(number), keep, *self._validations.begin(keep)]
+        for lost in self._validations.abandon(self._roster):
+            keep = self._keep(lost.epoch, lost.final)
+            commands += [Drop(lost.number), keep, *self._validations.begin(keep)]
         again = {command.epoch for command in commands if isinstance(command, Keep)}
         for keep in unsaved:
             if keep.epoch not in again:

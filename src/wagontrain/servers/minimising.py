@@ -289,18 +289,12 @@ class Minimisation:
         Args:
             unsaved: snapshots that were to be saved, and have not been.
         """
-        commands: list[Command] = []
-        for number, validation in list(self._validations.open.items()):
-            held = self._roster.held.items()
-            for lease in [each for each, one in held if one.work.snapshot == number]:
-                self._roster.take(lease)  # what comes of it is of no use
-            del self._validations.open[number]
-            self._again.append((validation.keep.epoch, validation.keep.final, True))
-            commands.append(Drop(number))
+        ended = self._validations.abandon(self._roster)
+        commands: list[Command] = [Drop(keep.number) for keep in ended]
+        self._again += [(keep.epoch, keep.final, True) for keep in ended]
         again = {epoch for epoch, _, _ in self._again}
-        for keep in unsaved:
-            if keep.epoch not in again:
-                self._again.append((keep.epoch, keep.final, False))
+        self._again += [(each.epoch, each.final, False) for each in unsaved
+                        if each.epoch not in again]  # fmt: skip
         if self._step is None:
             commands += self._keep_again()
         return self._settle(commands) if commands else []

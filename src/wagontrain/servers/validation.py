@@ -9,6 +9,7 @@ from dataclasses import replace
 from wagontrain.servers.commands import Command, Drop, Keep, Validated
 from wagontrain.servers.leases import Allowed, Course, Work, take_first
 from wagontrain.servers.messages import Lease
+from wagontrain.servers.roster import Roster
 
 
 class Validation:
@@ -76,6 +77,14 @@ class Validations:
         if not commands:
             self.open[keep.number] = validation
         return commands
+
+    def abandon(self, roster: Roster) -> list[Keep]:
+        """End all of them, for a shard has not their snapshots; what comes of leases is no use."""
+        ended = [validation.keep for validation in self.open.values()]
+        for lease in [each for each, one in roster.held.items() if one.work.snapshot in self.open]:
+            roster.take(lease)
+        self.open.clear()
+        return ended
 
     def choose(self, allowed: Allowed) -> Work | None:
         """The next piece for one that asks."""
