@@ -216,7 +216,7 @@ def send_state(to: Listener | Line, peer: bytes, shard: Shard, message: PullStat
     tensors = [*content.values, *content.tensors.values()]
     if message.snapshot is None:  # it changes with the next commit
         tensors = [tensor.clone() for tensor in tensors]
-    fill = Fill(content.version, shard.job.index, content.announced())
+    fill = Fill(content.version, shard.job.index, content.announced(), message.snapshot)
     if isinstance(to, Listener):
         to.send(peer, fill, tensors)
     else:

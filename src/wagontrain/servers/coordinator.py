@@ -312,17 +312,13 @@ class Coordinator:
         self.fleet.begin_anew(peer)
 
     def _fill(self, peer: bytes, message: Fill, incoming: Incoming) -> None:
-        """A shard's part of the snapshot that it was asked for first."""
+        """A shard's part of a snapshot."""
         values, tensors = self.fleet.room(message.shard), room(message.state)
         incoming.into([*values, *tensors.values()])
         incoming.end()
-        waiting = [
-            each for each in self._pulling.values()
-            if message.shard not in each.parts and message.version == each.keep.version
-        ]  # fmt: skip
-        if not waiting:  # it was asked for before another shard was lost
+        pulling = None if message.snapshot is None else self._pulling.get(message.snapshot)
+        if pulling is None:  # it was asked for before another shard was lost
             return
-        pulling = waiting[0]
         pulling.parts[message.shard] = Contents(
             message.version, values, tensors, dict(message.state.get("plain", {}))
         )

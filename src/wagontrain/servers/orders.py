@@ -34,12 +34,13 @@ class Setup:
 class Fill:
     """The state of a shard as of a commit; frames: its values, then what `state` announces.
 
-    A first one has no more than the values and rows of tables.
+    A first one has no more than the values and rows of tables. One of a snapshot names it.
     """
 
     version: int
     shard: int = -1
     state: dict[str, Any] = field(default_factory=dict)
+    snapshot: int | None = None
     kind: Literal["fill"] = "fill"
 
 
