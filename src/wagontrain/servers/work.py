@@ -162,9 +162,13 @@ class Worker:
             self._take(self._fetch)
         ahead = self.habits.overlap and not self.habits.together
         if self._fetch is None or self.version < lease.version:
-            if not ahead:  # its own last gradient in it: each update less late is worth the wait
+            # With its own last gradient in it: each update less late is worth the wait. Not in
+            # steps together, where that counts only when the step is over, and it may have to
+            # compute a lost worker's share of the same step first.
+            own = not ahead and not self.habits.together
+            if own:
                 self._await_push()
-            self._take(self._begin(lease.version, own=not ahead))
+            self._take(self._begin(lease.version, own))
         self._fetch = None
         if ahead:
             self._fetch = self._begin(0)
