@@ -189,7 +189,7 @@ def sums_of(saved: checkpoint.Checkpoint) -> dict[int, Tensor]:
     """What Adagrad keeps of the rows of one table."""
     names = [f"tables.item.weight.{key}" for key in ("ids", "sum")]
     shapes = saved.reader().tensors
-    kept = saved.read({name: Layout(shapes[name][0]) for name in names})
+    kept = saved.reader().read({name: Layout(shapes[name][0]) for name in names})
     return dict(zip(kept[names[0]].tolist(), kept[names[1]], strict=True))
 
 
@@ -298,7 +298,7 @@ def test_rows_that_nobody_asks_for_keep_their_first_numbers_and_have_no_state(
     saved = checkpoint.latest(outcome.folder.path)
     names = ["optimizer.item.weight.exp_avg_sq", "tables.item.weight.step"]
     described = saved.reader().tensors
-    kept = saved.read({name: Layout(described[name][0]) for name in names})
+    kept = saved.reader().read({name: Layout(described[name][0]) for name in names})
     for value in kept.values():
         assert (value[touched] > 0).any(1).all()
         assert not value[rest].any()
