@@ -180,6 +180,20 @@ def test_a_bed_whose_owner_was_killed_is_removed_by_the_next() -> None:
         assert not traces(name)
 
 
+def test_a_command_that_is_not_in_its_host_yet_is_ended_as_well() -> None:
+    bed = Bed.up(Shape(1))
+    joining = " && ".join(f"echo $$ > {file}" for file in bed.caps.files(0))
+    # As one whose owner is killed between the two: in the group, and never in the host.
+    with subprocess.Popen(
+        ["sh", "-c", f"{joining} && echo in && exec sleep 1000"], stdout=-1
+    ) as it:
+        assert it.stdout is not None
+        assert it.stdout.readline() == b"in\n"
+        bed.down()
+        assert it.wait(5) == -signal.SIGKILL
+    assert not traces(bed.name)
+
+
 def test_everything_step_by_step(tmp_path: Path) -> None:
     def testbed(*arguments: str) -> str:
         done = wagontrain("testbed", *arguments, folder=tmp_path)

@@ -6,7 +6,9 @@ Sources: Linux documentation, admin-guide/cgroup-v1 and admin-guide/cgroup-v2.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import signal
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -72,7 +74,10 @@ class Caps(ABC):
         """The groups of this bed, in each hierarchy."""
 
     def remove(self) -> None:
-        """Remove all groups; the processes in them have to be gone.
+        """Remove all groups, and whatever is still in them.
+
+        A command whose owner was killed as it was started is in the group before it is in the
+        host, or comes a moment later.
 
         Raises:
             TestBedError: a group is still in use.
@@ -198,6 +203,9 @@ def _remove(group: Path) -> None:
         with contextlib.suppress(OSError):
             group.rmdir()
             return
+        with contextlib.suppress(OSError):  # gone meanwhile
+            for process in (group / "cgroup.procs").read_text().split():
+                os.kill(int(process), signal.SIGKILL)
         if time.monotonic() > limit:
             raise TestBedError(f"control group {group} is still in use")
         time.sleep(0.05)
