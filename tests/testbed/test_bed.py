@@ -186,11 +186,11 @@ def test_a_command_that_is_not_in_its_host_yet_is_ended_as_well() -> None:
     # As one whose owner is killed between the two: in the group, and never in the host.
     with subprocess.Popen(
         ["sh", "-c", f"{joining} && echo in && exec sleep 1000"], stdout=-1
-    ) as it:
-        assert it.stdout is not None
-        assert it.stdout.readline() == b"in\n"
+    ) as one:
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"in\n"
         bed.down()
-        assert it.wait(5) == -signal.SIGKILL
+        assert one.wait(5) == -signal.SIGKILL
     assert not traces(bed.name)
 
 
