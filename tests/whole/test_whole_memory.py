@@ -40,7 +40,9 @@ def task():
 def run(folder: Path, strategy: str) -> tuple[int, str]:
     (folder / "job.py").write_text(TASK)
     command = ("wagontrain", "run", "job.py", "--strategy", strategy, "--run-dir", "R")
-    return said_on_hosts(folder, *command, hosts=HOSTS, more=("--memory", MEMORY))
+    status, said = said_on_hosts(folder, *command, hosts=HOSTS, more=("--memory", MEMORY))
+    print(said)  # shown whole where the test fails
+    return status, said
 
 
 def test_data_parallel_refuses_with_the_numbers(tmp_path: Path) -> None:
