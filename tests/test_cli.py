@@ -10,6 +10,8 @@ import pytest
 
 from wagontrain import cli
 
+PLAIN = ("--strategy", "data-parallel")
+
 
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: str) -> str:
     """The one line that a request is refused with, after checking that it is one line."""
@@ -26,15 +28,15 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: st
     ("arguments", "message"),
     [
         (["--strategy", "data-paralel"], "no strategy 'data-paralel'; did you mean"),
-        (["--set", "bukket_mb=3"], "no setting 'bukket_mb'; did you mean 'bucket_mb'?"),
+        ([*PLAIN, "--set", "bukket_mb=3"], "no setting 'bukket_mb'; did you mean 'bucket_mb'?"),
         (["--set", "bucket_mb"], "--set 'bucket_mb' is not FIELD=VALUE"),
-        (["--set", "compression=zip"], "cannot take compression=zip"),
+        ([*PLAIN, "--set", "compression=zip"], "cannot take compression=zip"),
         (["--batch-size", "0"], "batch_size is 0"),
         (["--batch-size", "65"], "batch_size is 65, but the data set has 64 samples"),
         (["--epochs", "0"], "epochs is 0"),
         (["--steps", "0"], "0 steps were asked for"),
         (["--workers", "0"], "0 workers were asked for"),
-        (["--workers", "9"], "9 workers cannot share a batch of 8"),
+        ([*PLAIN, "--workers", "9"], "9 workers cannot share a batch of 8"),
         (["--workers", "100000"], "each would be starved"),
         (["--workers", "two"], "Invalid value for '--workers'"),
     ],

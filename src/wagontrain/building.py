@@ -8,7 +8,10 @@ and any number of workers begin with the same weights. No rank holds more than o
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Mapping
@@ -24,9 +27,9 @@ from wagontrain.layout import Layout, full_name, local
 from wagontrain.task import Task, seeded_numbers
 from wagontrain.transport import Context
 
-# Weights and gradients, and the two values per weight that Adam keeps.
-_COPIES = {"SGD": 3, "Adagrad": 3, "RMSprop": 3}
-_COPIES_OF_OTHERS = 4
+# Values that an optimizer keeps for each weight; Adam keeps two.
+_STATE = {"SGD": 1, "Adagrad": 1, "RMSprop": 1}
+_STATE_OF_OTHERS = 2
 
 
 def skeleton(task: Task) -> nn.Module | None:
@@ -40,13 +43,18 @@ def skeleton(task: Task) -> nn.Module | None:
 
 def bytes_to_train(model: nn.Module, task: Task) -> int:
     """Bytes for weights, gradients and optimizer state of a whole copy; activations come on top."""
-    made = task.build_optimizer(model)
-    copies = _COPIES.get(type(made).__name__, _COPIES_OF_OTHERS)
-    if type(made) is torch.optim.SGD and not made.defaults.get("momentum"):
-        copies -= 1
+    copies = 2 + state_of_optimizer(model, task)  # weights and gradients, too
     parameters = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     others = sum(value.nbytes for value in model.parameters() if not value.requires_grad)
     return copies * parameters + others + sum(value.nbytes for value in model.buffers())
+
+
+def state_of_optimizer(model: nn.Module, task: Task) -> int:
+    """Values that the task's optimizer keeps for each weight, by what it is."""
+    made = task.build_optimizer(model)
+    if type(made) is torch.optim.SGD and not made.defaults.get("momentum"):
+        return 0
+    return _STATE.get(type(made).__name__, _STATE_OF_OTHERS)
 
 
 def usable_bytes(device: torch.device) -> int | None:
@@ -70,6 +78,28 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory in use now, as `peak_memory` counts it: on the device, or resident in the process."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    resident = next((line for line in lines if line.startswith("VmRSS:")), None)
+    return int(resident.split()[1]) * 1024 if resident else peak_memory(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Have `peak_memory` begin anew, where the system can; what was freed is given back first."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library, or another system
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _group_limits() -> list[int]:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_testbed
+from wagontrain import checkpoint, cli_plan, cli_testbed
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
-from wagontrain.jobs import start
+from wagontrain.jobs import USUAL, read_plan, start
 from wagontrain.launch import Terms
 from wagontrain.progress import Progress
 from wagontrain.registry import discover, make_strategy
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_testbed.app, name="testbed")
+app.add_typer(cli_plan.app)
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
@@ -48,8 +49,12 @@ def run(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
     ] = None,
-    strategy: StrategyName = "data-parallel",
+    strategy: StrategyName = USUAL,
     settings: Settings = None,
+    trial: Annotated[bool, typer.Option(help="Whether auto tries the best three.")] = True,
+    plan: Annotated[
+        Path | None, typer.Option(help="Follow a plan that `wagontrain plan --json` wrote.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="What starts the workers: local or ray.")] = "local",
     address: Annotated[
         str | None, typer.Option(help="Of the Ray cluster; default the one that Ray finds.")
@@ -72,7 +77,11 @@ def run(
     ] = 30.0,
 ) -> None:
     """Train the task in FILE."""
-    chosen = make_strategy(strategy, _settings(settings))
+    given = _settings(settings)
+    if not trial:
+        given = {"trial": False} | given
+    chosen = make_strategy(strategy, given)
+    found = read_plan(plan, strategy) if plan is not None else None
     starter = make_engine(engine, address)
     with _stoppable():
         start(
@@ -88,6 +97,7 @@ def run(
             engine=starter,
             display=Progress(Console()),
             terms=Terms(interface, patience),
+            plan=found,
         )
 
 

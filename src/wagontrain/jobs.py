@@ -23,6 +23,8 @@ from wagontrain.folder import RunFolder
 from wagontrain.job import Job, run_job
 from wagontrain.launch import Failure, Place, Terms
 from wagontrain.mesh import World
+from wagontrain.plan import Plan
+from wagontrain.planner.keeping import mark_of
 from wagontrain.progress import Follower, Progress, result_lines
 from wagontrain.registry import make_strategy
 from wagontrain.strategy import Strategy
@@ -31,6 +33,8 @@ from wagontrain.trainer import Run, train
 from wagontrain.transport import Context
 
 _TERMS = Terms()
+USUAL = "auto"
+"""The strategy where none is named."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Result:
 
 def fit(
     task: TaskSource,
-    strategy: str | Strategy = "data-parallel",
+    strategy: str | Strategy = USUAL,
     *,
     workers: int | None = None,
     run_dir: str | Path | None = None,
@@ -58,6 +62,7 @@ def fit(
     resume: str | Path | None = None,
     interface: str | None = None,
     patience: float = 30.0,
+    plan: str | Path | None = None,
 ) -> Result:
     """Train a task.
 
@@ -67,7 +72,8 @@ def fit(
 
     Args:
         task: a `Task`, or a function that returns one (called in every worker).
-        strategy: name of a strategy, or one with settings.
+        strategy: name of a strategy, or one with settings; where not given it is chosen by
+            measurement.
         workers: processes; where not given one for each GPU, or one.
         run_dir: where the run's files go; a new folder in `runs/` where not given.
         steps: stop after so many steps.
@@ -79,18 +85,36 @@ def fit(
         interface: network interface to talk to other hosts by; where not given the one that
             leads to the master.
         patience: seconds of silence after which a worker counts as lost.
+        plan: file that `wagontrain plan --json` wrote, to be followed instead of a strategy.
 
     Raises:
         UsageError: the request cannot be honoured; nothing was started.
         TrainingError: training began and could not go on.
     """
     chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
+    found = read_plan(Path(plan), strategy) if plan is not None else None
     label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
     return start(
         task, chosen, workers=workers, run_dir=run_dir, steps=steps, label=label, resume=resume,
         engine=make_engine(engine, address), display=None if quiet else Progress(Console()),
-        terms=Terms(interface, patience),
+        terms=Terms(interface, patience), plan=found,
     )  # fmt: skip
+
+
+def read_plan(file: Path, strategy: str | Strategy) -> Plan:
+    """The plan in a file, to be followed instead of `strategy`, which has to be the usual one.
+
+    Raises:
+        UsageError: it cannot be read, is none, or a strategy was named beside it.
+    """
+    if strategy != USUAL:
+        raise UsageError(
+            "a plan says itself which strategy it is for: leave out either the plan or the strategy"
+        )
+    try:
+        return Plan.parse(file.read_text(), repr(str(file)))
+    except OSError as error:
+        raise UsageError(f"{str(file)!r} cannot be read: {error.strerror}") from error
 
 
 def start(
@@ -107,6 +131,7 @@ def start(
     engine: Engine | None = None,
     display: Progress | None = None,
     terms: Terms = _TERMS,
+    plan: Plan | None = None,
 ) -> Result:
     """Train a task here, or in processes that an engine starts; see `fit`."""
     engine = engine or Local()
@@ -115,7 +140,11 @@ def start(
     task = make_task(source, overrides)
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps were asked for: give at least 1")
+    if plan is not None:
+        strategy = _followed(plan, task, count)
     strategy.check(task, World(size=count))
+    if place is None or place.rank == 0:
+        _say_first(strategy, count, display)
     found = None
     if resume is not None and (place is None or place.rank == 0):
         found = checkpoint.latest(Path(resume)).path.absolute()
@@ -142,13 +171,14 @@ def start(
                     folder.discard()
                 raise
             ahead = Path(resume) if resume is not None else None
-            return _train_here(task, strategy, voice.context, folder, steps, display, ahead)
+            return _train_here(task, strategy, voice.context, folder, steps, display, ahead, plan)
     del task  # its data would be held here as long as the workers train
     folder = RunFolder.create(run_dir, label)
     job = Job(
         "train", strategy.name, strategy.settings, dict(overrides or {}), task_file,
         str(folder.path),
-        {"steps": steps, "patience": terms.patience, "resume": str(found) if found else None},
+        {"steps": steps, "patience": terms.patience, "resume": str(found) if found else None,
+         "plan": plan.to_json() if plan else None},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
     try:
@@ -167,6 +197,25 @@ def start(
     return result
 
 
+def _followed(plan: Plan, task: Task, workers: int) -> Strategy:
+    """The strategy that a plan chose, for a task that it was made for.
+
+    Raises:
+        UsageError: it was made for another model or number of workers.
+    """
+    if plan.world_size != workers:
+        raise UsageError(
+            f"the plan is for {plan.world_size} workers, and here are {workers}: start as many, or "
+            "make another with `wagontrain plan`"
+        )
+    if plan.model != mark_of(task):
+        raise UsageError(
+            "the plan was made for another model, optimizer or batch size: make another with "
+            "`wagontrain plan`"
+        )
+    return make_strategy(plan.chosen.strategy, plan.chosen.settings)
+
+
 def train_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "train"."""
     assert job.run_dir is not None
@@ -182,7 +231,11 @@ def train_job(job: Job, folder: Path, place: Place | None) -> None:
         task, strategy = job.load(folder)
     resume = job.options.get("resume")
     ahead = folder / resume if resume else None
-    run = Run(task, strategy, context, keep, max_steps=job.options["steps"], resume=ahead)
+    given = job.options.get("plan")
+    plan = Plan.from_json(given) if given else None
+    run = Run(
+        task, strategy, context, keep, max_steps=job.options["steps"], resume=ahead, plan=plan
+    )
     with run:
         train(run)
     launch.leave(context)
@@ -190,7 +243,7 @@ def train_job(job: Job, folder: Path, place: Place | None) -> None:
 
 def connect(
     task: TaskSource,
-    strategy: str | Strategy = "data-parallel",
+    strategy: str | Strategy = USUAL,
     *,
     run_dir: str | Path | None = None,
     sinks: Sequence[Sink] = (),
@@ -234,11 +287,12 @@ def _train_here(
     steps: int | None,
     display: Progress | None,
     resume: Path | None,
+    plan: Plan | None,
 ) -> Result:
     first = context.world.rank == 0
     sinks = [display] if display is not None and first else []
     try:
-        run = Run(task, strategy, context, folder, sinks, steps, resume)
+        run = Run(task, strategy, context, folder, sinks, steps, resume, plan)
         with run:
             summary = train(run)
         launch.leave(context)
@@ -255,6 +309,12 @@ def _train_here(
     result = Result(summary, Path(run.path))
     _show(result, display if first else None)
     return result
+
+
+def _say_first(strategy: Strategy, count: int, display: Progress | None) -> None:
+    """What goes on before there is anything to show."""
+    if display is not None and (words := strategy.preparing(count)):
+        display.print(words)
 
 
 def _show(result: Result, display: Progress | None) -> None:

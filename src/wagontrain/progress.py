@@ -18,6 +18,9 @@ from rich.text import Text
 
 from wagontrain import events
 from wagontrain.events import Event, Sink
+from wagontrain.plan import Plan
+from wagontrain.plan_view import view
+from wagontrain.units import duration, size
 
 PLAIN_SECONDS = 10.0
 """Time between two plain lines within an epoch."""
@@ -58,6 +61,10 @@ class Progress(Sink):
     def _on_start(self, event: Event) -> None:
         self._start = event
         self._printed = event["time"]
+        if "plan" in event:
+            plan = Plan.from_json(event["plan"])
+            self.console.print(view(plan), highlight=False, soft_wrap=True)
+            self.print("")
         for line in headline(event):
             self.print(line)
         if self.console.is_terminal:
@@ -214,28 +221,29 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
             subsequent_indent=" " * 14,
         )
     lines.append(f"  memory      {size(max(summary['peak_memory_per_rank']))} at most in a worker")
+    if told := summary.get("predicted"):
+        lines += _held_to(told, summary)
     if folder is not None:
         lines.append(f"  files       {folder}")
     return lines
 
 
-def size(count: float) -> str:
-    """Bytes, readable: 3.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def _held_to(told: dict[str, Any], summary: dict[str, Any]) -> list[str]:
+    """What was foretold beside what happened."""
+    lines = [
+        f"  foretold    {told['samples_per_second']:,.0f} samples/s, "
+        f"{size(told['bytes_sent_per_step'])} a step, {size(told['peak_memory'])}"
+    ]
+    off = [f"speed {_off(summary['samples_per_second'], told['samples_per_second'])}"]
+    if sent := summary["bytes_sent_per_rank"]:
+        each = max(sent) / max(summary["steps"], 1)
+        off.append(f"bytes {_off(each, told['bytes_sent_per_step'])}")
+    off.append(f"memory {_off(max(summary['peak_memory_per_rank']), told['peak_memory'])}")
+    return [*lines, f"              against that, {', '.join(off)}"]
 
 
-def duration(seconds: float) -> str:
-    """Seconds, readable: 4.2 s, 3:20 min, 5:07 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(int(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}:{rest:02} min"
-    return f"{minutes // 60}:{minutes % 60:02} h"
+def _off(happened: float, told: float) -> str:
+    return f"{100 * (happened / max(told, 1e-12) - 1):+.0f} %"
 
 
 class _Smooth:

@@ -15,20 +15,25 @@ from typing import Any
 
 import pydantic
 
-from wagontrain import strategies
 from wagontrain.errors import UsageError, nearest
 from wagontrain.strategy import Strategy
 from wagontrain.task import origin
 
 ENTRY_POINTS = "wagontrain.strategies"
+PACKAGE = "wagontrain.strategies"
+"""Found by name: strategies may look each other up here, and so this module imports none."""
 
 
 def built_in() -> dict[str, type[Strategy]]:
     """The strategies of `wagontrain.strategies` by name."""
     found: dict[str, type[Strategy]] = {}
-    for module in pkgutil.iter_modules(strategies.__path__):
-        found |= dict(_strategies_in(f"{strategies.__name__}.{module.name}"))
+    for name in _files():
+        found |= dict(_strategies_in(f"{PACKAGE}.{name}"))
     return found
+
+
+def _files() -> list[str]:
+    return [each.name for each in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)]
 
 
 def discover() -> dict[str, type[Strategy]]:
@@ -76,10 +81,10 @@ def find(name: str) -> type[Strategy]:
     Raises:
         UsageError: there is none; the message names the nearest.
     """
-    own = {module.name for module in pkgutil.iter_modules(strategies.__path__)}
+    own = _files()
     file = name.replace("-", "_")
     # The others' engines need not be loaded: a process with several of them starts seconds later.
-    known = dict(_strategies_in(f"{strategies.__name__}.{file}")) if file in own else {}
+    known = dict(_strategies_in(f"{PACKAGE}.{file}")) if file in own else {}
     if name not in known:
         known = built_in()
     if name not in known:  # another package that is broken must not be in the way of our own

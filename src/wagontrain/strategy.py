@@ -20,8 +20,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from wagontrain.batches import Batch, Cut
+from wagontrain.costs import Costs
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
+from wagontrain.plan import Plan
+from wagontrain.simulate import Graph
 from wagontrain.state import Source, Training, WholeTensors, gathered, shared_plain
 from wagontrain.task import Task
 from wagontrain.transport import Context
@@ -190,8 +193,8 @@ class Runner(ABC):
 class Strategy(ABC):
     """A way of distributing training. A frozen dataclass: its fields are all of its settings.
 
-    The half of the contract that predicts (`candidates`, `step_graph`, `memory`) joins these
-    methods with the planner; until then a strategy only runs.
+    `candidates`, `step_graph` and `memory` are what the planner asks. A strategy without them runs,
+    but `auto` does not weigh it.
     """
 
     name: ClassVar[str]
@@ -211,6 +214,34 @@ class Strategy(ABC):
     @abstractmethod
     def setup(self, task: Task, context: Context) -> Runner:
         """Build the model, distribute it, and return the runner. Called on every rank."""
+
+    def preparing(self, workers: int) -> str:
+        """What takes a while before training begins, in a line for people; empty where nothing."""
+        return ""
+
+    def resolved(self, task: Task, context: Context) -> tuple[Strategy, Plan | None]:
+        """The strategy to set up, and the plan behind it where it was chosen by measurement.
+
+        Called on every rank.
+        """
+        return self, None
+
+    @classmethod
+    def candidates(cls, costs: Costs) -> Sequence[Strategy]:
+        """The settings of this strategy that are worth weighing for a task on a cluster."""
+        return ()
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """One step as operations on devices and links.
+
+        Raises:
+            UsageError: these settings cannot be, for this task on this cluster.
+        """
+        raise NotImplementedError(f"{self.name} does not say what a step of it takes")
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """Bytes that a worker takes at the peak, by what they are for."""
+        raise NotImplementedError(f"{self.name} does not say what memory it takes")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from wagontrain.errors import LossError, ModelError, TaskError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.objective import not_finite
+from wagontrain.plan import Plan
 from wagontrain.state import Held
 from wagontrain.stragglers import RankTimes
 from wagontrain.strategy import StepReport, StepTimes, Strategy
@@ -57,6 +58,7 @@ class Run:
         sinks: who else takes events on rank 0.
         max_steps: stop after so many steps even if epochs are left.
         resume: a checkpoint, or the directory of a run, to go on from.
+        plan: why it is distributed so, where that was decided before.
 
     Raises:
         UsageError: the strategy refuses the task or the world, or the checkpoint does not fit.
@@ -71,10 +73,13 @@ class Run:
         sinks: Sequence[Sink] = (),
         max_steps: int | None = None,
         resume: Path | None = None,
+        plan: Plan | None = None,
     ) -> None:
         if max_steps is not None and max_steps < 1:
             raise UsageError(f"{max_steps} steps were asked for: give at least 1")
         strategy.check(task, context.world)
+        strategy, found = strategy.resolved(task, context)
+        self.plan = found or plan
         with context.watch.doing("setting up", patient=True):
             self._set_up(task, strategy, context, folder, max_steps)
             if resume is not None:
@@ -103,6 +108,8 @@ class Run:
         self.step_count = self.first_step = 0
         self.values: dict[str, float] = {}
         self._hosts = context.gather_text(socket.gethostname())
+        if self.plan is not None:
+            self.plan.require(context.world.size, len(set(self._hosts)), device.type)
         self.path = context.gather_text(str(self.folder.path.resolve()) if self.folder else "")[0]
         if self.path:
             context.watch.stacks = Path(self.path) / "stacks"
@@ -376,8 +383,9 @@ class Run:
             "world_size": world.size,
             "hosts": sorted(set(self._hosts)),
         }
+        planned = self.plan.to_json() if self.plan is not None else {}
         if self.folder is not None:
-            self.folder.write_plan(description)
+            self.folder.write_plan({**description, **planned})
         self._events.send(
             "start",
             **description,
@@ -389,6 +397,7 @@ class Run:
             batch_size=self.task.batch_size,
             samples=self.task.samples,
             first_step=self.first_step,
+            **({"plan": planned} if planned else {}),
         )
         self.context.sent.refresh()
         self.context.sent.lap()
@@ -415,7 +424,7 @@ class Run:
             "shares": self.runner.cut.weights,
             "times_per_rank": self._times.summary(),
             "straggler": None if straggler is None else str(straggler),
-            "predicted": None,
+            "predicted": self.plan.foretold(self.task.batch_size) if self.plan else None,
             "versions": {
                 "wagontrain": __version__,
                 "torch": torch.__version__,

@@ -173,6 +173,7 @@ class SentBytes:
         self._sockets: dict[int, socket.socket] = {}
         self._others = {number for number, _ in self._open_sockets()}
         self._lap = 0
+        self._forgotten = 0
 
     def refresh(self) -> None:
         """Find the TCP sockets that were opened since."""
@@ -208,8 +209,15 @@ class SentBytes:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def total(self) -> int | None:
-        """Bytes sent since this object was made."""
-        return self._count()
+        """Bytes sent since this object was made, or since `forget`."""
+        count = self._count()
+        return None if count is None else count - self._forgotten
+
+    def forget(self) -> None:
+        """Count from here on: what was sent before was for something else."""
+        self.refresh()
+        self._forgotten = self._count() or 0
+        self._lap = 0
 
     def lap(self) -> int | None:
         """Bytes sent since the last lap, or since this object was made."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from wagontrain import jobs, launch, verify
+from wagontrain import jobs, launch, planning, verify
 from wagontrain.job import Job
 from wagontrain.launch import Place
 
@@ -26,6 +26,8 @@ def _work(job: Job, folder: Path, place: Place | None) -> None:
 JOBS: dict[str, Callable[[Job, Path, Place | None], None]] = {
     "train": jobs.train_job,
     "trace": verify.trace_job,
+    "plan": planning.plan_job,
+    "probe": planning.probe_job,
     "work": _work,
 }
 

@@ -17,6 +17,7 @@ from wagontrain.launch.network import named, reaching
 from wagontrain.launch.place import (
     SECRET,
     Place,
+    cache_folder,
     device_for,
     environment_of,
     place_from_environment,
@@ -29,6 +30,7 @@ __all__ = [
     "Failure",
     "Place",
     "Terms",
+    "cache_folder",
     "cause",
     "cores",
     "device_for",

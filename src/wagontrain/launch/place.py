@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -39,6 +40,12 @@ class Place:
     port: int = 0
     held: bool = False
     attempt: int = 0
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where what took time to find out is kept between runs, as the XDG specification has it."""
+    given = environment.get("XDG_CACHE_HOME", "")
+    return (Path(given) if given else Path.home() / ".cache") / "wagontrain"
 
 
 def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place | None:

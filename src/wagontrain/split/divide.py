@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from wagontrain.axes import Axes
 from wagontrain.errors import UsageError, nearest
 from wagontrain.layout import Layout, full_name
 from wagontrain.mesh import even_shares, ranges
+from wagontrain.profile import Cut as Cut
 from wagontrain.split import attention
 from wagontrain.split.border import Border, Replicated
 from wagontrain.split.convolution import Channels
@@ -23,7 +24,6 @@ from wagontrain.split.linear import Columns, Region, Rows
 from wagontrain.split.logits import SplitScores
 from wagontrain.split.observe import Observed
 
-Cut = Literal["column", "row", "heads", "whole"]
 Placement = Mapping[str, Cut]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -26,10 +26,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from wagontrain.batches import Cut
 from wagontrain.building import require_room
+from wagontrain.costs import Costs, Step
 from wagontrain.errors import UsageError
-from wagontrain.mesh import World, balanced_shares
+from wagontrain.mesh import World, balanced_shares, shares
 from wagontrain.objective import Objective
 from wagontrain.replication import Buckets
+from wagontrain.simulate import Graph
 from wagontrain.speed import step_cost
 from wagontrain.strategy import Strategy
 from wagontrain.synchronous import Synchronous
@@ -92,14 +94,49 @@ class DataParallel(Strategy):
         if self.shares is not None:
             Cut(0, world.size, self.shares).micro_batches(range(task.batch_size), task.accumulate)
 
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[DataParallel]:
+        """Equal shares; where hosts are unequal, also shares by their speed."""
+        if costs.size > costs.profile.batch_size:
+            return []
+        plain = cls(find_unused_parameters=None)
+        if len(costs.leaders) == 1:
+            return [plain]
+        speeds = tuple(costs.cluster.host_of(rank).speed for rank in range(costs.size))
+        return [plain, cls(shares=speeds)]
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Forward and backward on the own share; each bucket travels when it is full."""
+        whole = -(-costs.profile.batch_size // costs.profile.accumulate)
+        counts = shares(whole, costs.size, self.shares)
+        members = range(costs.size)
+        own = {rank: counts[rank] for rank in costs.leaders}
+        step = Step(costs, costs.leaders, members, own, self.bucket_mb)
+        layers = costs.profile.layers
+        for micro in range(costs.profile.accumulate):
+            step.forward(layers)
+            if micro < costs.profile.accumulate - 1:
+                step.backward(layers[::-1])
+            else:
+                step.backward_summing(layers)
+        step.send_bucket()
+        step.update()
+        return step.graph
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """A whole copy of everything, and the activations of the own share."""
+        whole = -(-costs.profile.batch_size // costs.profile.accumulate)
+        count = shares(whole, costs.size, self.shares)[rank]
+        return costs.memory(costs.profile.layers, count)
+
     def setup(self, task: Task, context: Context) -> DataParallelRunner:
         """Build the model on every worker and join the copies with DistributedDataParallel."""
         if self.balance and context.world.size > 1:
             costs = [
                 (row[0], row[1]) for row in context.gather(step_cost(task, context.world.device))
             ]
-            shares = tuple(balanced_shares(task.batch_size, costs))
-            return DataParallelRunner(replace(self, balance=False, shares=shares), task, context)
+            found = tuple(balanced_shares(task.batch_size, costs))
+            return DataParallelRunner(replace(self, balance=False, shares=found), task, context)
         return DataParallelRunner(self, task, context)
 
 

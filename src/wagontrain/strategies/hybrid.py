@@ -22,16 +22,20 @@ section 4; Dean et al. 2012.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from wagontrain.axes import lay_out
 from wagontrain.batches import MicroBatch
+from wagontrain.costs import Costs, Step
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
+from wagontrain.profile import Layer, Profile
 from wagontrain.replication import Buckets
+from wagontrain.simulate import Graph, simulate
+from wagontrain.split import predict
 from wagontrain.split.border import Shards
 from wagontrain.split.divide import Cut, check_placement, divide, splittable, ways
 from wagontrain.split.plan import Prepared, in_turn, prepare, settle
@@ -94,6 +98,45 @@ class Hybrid(Strategy):
                 "leave out Task.clip_grad_norm and Task.weight, or variable_batch"
             )
 
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[Hybrid]:
+        """Placements that send least, that split all, and that the simulator finds quickest."""
+        if costs.size > costs.profile.batch_size or costs.size == 1:
+            return []
+        placements: list[Any] = list(predict.placements(costs.profile, costs.size))
+        found = [cls(placement=each) for each in placements]
+        best = best_of(found[0], costs)
+        return found if best in found else [*found, best]
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Whole layers on the own share, split ones on all samples, exchanges at each border."""
+        found, border = self._laid_out(costs)
+        counts = {rank: costs.samples(rank) for rank in costs.leaders}
+        step = Step(costs, costs.leaders, range(costs.size), counts, self.bucket_mb)
+        for micro in range(costs.profile.accumulate):
+            last = micro == costs.profile.accumulate - 1
+            predict.pass_through(step, found, border, last, summed=True)
+        step.send_bucket()
+        step.update(others=predict.split_bytes(found) / costs.size)
+        return step.graph
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """A copy of the whole layers, and a part of the split ones."""
+        found, border = self._laid_out(costs)
+        return predict.memory(costs, found, border, costs.samples(rank))
+
+    def _laid_out(self, costs: Costs) -> tuple[list[predict.Stretch], predict.Border]:
+        profile = costs.profile
+        placement: predict.Cuts
+        if isinstance(self.placement, str):
+            placement = list(predict.placements(profile, costs.size))[-1]
+            if self.placement == "auto":
+                placement = predict.by_traffic(profile, costs.size)
+        else:
+            placement = self.placement
+        border = predict.Border(costs.size, profile.batch_size / profile.accumulate, shards=True)
+        return predict.stretches(profile, placement), border
+
     def setup(self, task: Task, context: Context) -> HybridRunner:
         """Build the model and leave each rank its part."""
         return HybridRunner(self, task, context)
@@ -153,6 +196,49 @@ class HybridRunner(Synchronous):
         """Put the plain layers' forwards back; their weights stay divided."""
         super().close()
         self.axes.close()
+
+
+def best_of(strategy: Hybrid, costs: Costs) -> Hybrid:
+    """The placement that the simulator finds quickest, changing one layer or pair at a time.
+
+    Layers that are alike, as those of a transformer's blocks, are changed together.
+    """
+
+    def seconds(placement: dict[str, Cut]) -> float:
+        graph = replace(strategy, placement=placement).step_graph(costs)
+        return simulate(graph, costs.interference).seconds
+
+    best: dict[str, Cut] = dict(strategy.placement)  # type: ignore[arg-type]  # candidates give one
+    least = seconds(best)
+    for alike in _alike(costs.profile):
+        ways: list[tuple[Cut, Cut | None]] = [("whole", None)]
+        ways += [(cut, None) for cut in _CUTS if cut in alike[0].cuts]
+        if alike[0].after:
+            ways += [("column", "row"), ("whole", "whole")]
+        for cut, following in ways:
+            change = {layer.name: cut for layer in alike}
+            if following is not None:
+                change |= {layer.after: following for layer in alike}
+            tried = best | change
+            if tried != best and (found := seconds(tried)) < least:
+                best, least = tried, found
+    return replace(strategy, placement=best)
+
+
+_CUTS: tuple[Cut, ...] = ("column", "row", "heads")
+
+
+def _alike(profile: Profile) -> list[list[Layer]]:
+    """The layers that can be split, those of the same shapes together."""
+    named = {layer.name: layer for layer in profile.layers}
+    found: dict[Any, list[Layer]] = {}
+    for layer in profile.layers:
+        if layer.cuts:
+            shapes = tuple(part.shape for part in layer.parts)
+            after = named[layer.after].kind if layer.after else ""
+            key = (layer.kind, shapes, layer.cuts, layer.given, layer.output, after)
+            found.setdefault(key, []).append(layer)
+    return list(found.values())
 
 
 def by_traffic(prepared: Prepared, batch_size: int, ranks: int) -> dict[str, Cut]:

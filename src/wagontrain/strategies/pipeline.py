@@ -29,13 +29,15 @@ from torch.utils import _pytree as pytree
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batches import Batch, MicroBatch, mix
 from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
+from wagontrain.costs import Costs
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.figures import GatheredFigures
 from wagontrain.layout import Layout
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation, Objective, nothing
 from wagontrain.replication import Buckets
-from wagontrain.stages import cutting
+from wagontrain.simulate import Graph
+from wagontrain.stages import cutting, predict
 from wagontrain.stages.cutting import Stage
 from wagontrain.stages.holding import give_memory, let_go
 from wagontrain.stages.planning import plan
@@ -105,6 +107,34 @@ class Pipeline(Strategy):
                 f"1f1b with {degree} stages needs as many micro-batches, not {self.micro_batches}: "
                 "give more, or the schedule gpipe"
             )
+
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[Pipeline]:
+        """Every degree above 1 that divides the world, by three numbers of micro-batches."""
+        layers = [layer for layer in costs.profile.layers if layer.parts]
+        found = []
+        for degree in range(2, min(costs.size, len(layers)) + 1):
+            if costs.size % degree:
+                continue
+            samples = predict.samples(costs, degree)
+            for factor in _PER_STAGE if predict.divisible(costs.profile) else ():
+                if factor * degree <= samples:
+                    found.append(cls(degree=degree, micro_batches=factor * degree))
+            if not predict.divisible(costs.profile):
+                found.append(cls(degree=degree, micro_batches=1))
+        return found
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Micro-batches through the stages; activations and gradients go from one to the next."""
+        degree = self.degree or costs.size
+        count = self.micro_batches or min(2 * degree, predict.samples(costs, degree))
+        return predict.step_graph(costs, degree, count, self.schedule)
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """A stage's weights, and the activations of all micro-batches that are under way."""
+        degree = self.degree or costs.size
+        count = self.micro_batches or min(2 * degree, predict.samples(costs, degree))
+        return predict.memory(costs, degree, count, self.schedule, rank)
 
     def setup(self, task: Task, context: Context) -> Synchronous:
         """Build the model and leave each rank its stages."""

@@ -16,7 +16,8 @@ Source: Rajbhandari et al. 2020, "ZeRO", sections 5 and 7; Zhao et al. 2023, "Py
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,12 +30,15 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from wagontrain.axes import whole_world
 from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
+from wagontrain.costs import Costs, Step
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout
 from wagontrain.mesh import World
 from wagontrain.objective import Objective, Update
+from wagontrain.profile import Layer
 from wagontrain.replication import Buckets
 from wagontrain.sharding import DirectReduceScatter, fetch_ahead, shard
+from wagontrain.simulate import Graph
 from wagontrain.state import Training
 from wagontrain.strategy import Runner, Strategy
 from wagontrain.synchronous import Synchronous
@@ -79,11 +83,111 @@ class Sharded(Strategy):
                 f"{task.batch_size} workers or a larger batch_size"
             )
 
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[Sharded]:
+        """The three stages."""
+        if not 1 < costs.size <= costs.profile.batch_size:
+            return []
+        return [cls(stage=stage) for stage in (1, 2, 3)]
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Units are gathered two ahead of where they are needed; gradients leave as they come."""
+        counts = {rank: costs.samples(rank) for rank in costs.leaders}
+        step = Step(costs, costs.leaders, range(costs.size), counts)
+        if self.stage == 1:
+            return self._first_stage(step)
+        found = units_of(costs.profile.layers, self.least)
+        for micro in range(costs.profile.accumulate):
+            last = micro == costs.profile.accumulate - 1
+            _gathered(step, found, step.forward)
+            if self.stage == 2:
+                ways = [_backward_of(step, last) for _ in found]
+                for layers, way in zip(reversed(found), ways, strict=True):
+                    way(layers)
+            else:
+                _gathered(step, found[::-1], _backward_of(step, last))
+        step.update_rest(costs.profile.nbytes / costs.size)
+        return step.graph
+
+    def _first_stage(self, step: Step) -> Graph:
+        """Gradients go to who updates them, and the weights come back: a broadcast for each."""
+        costs = step.costs
+        for micro in range(costs.profile.accumulate):
+            step.forward(costs.profile.layers)
+            if micro < costs.profile.accumulate - 1:
+                step.backward(costs.profile.layers[::-1])
+            else:
+                step.backward_summing(costs.profile.layers, "exchange")
+        step.send_bucket("exchange")
+        step.update_rest(costs.profile.nbytes / costs.size)
+        for layer in costs.profile.layers:
+            for part in layer.parts:
+                step.exchange(f"weights of {part.name}", "broadcast", part.nbytes)
+        return step.graph
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """Parts of what is divided, and the largest units that are whole at a time."""
+        profile, part = costs.profile, 1 / costs.size
+        items = costs.memory(profile.layers, costs.samples(rank))
+        items["optimizer"] *= part
+        if self.stage > 1:
+            units = [
+                sum(each.nbytes for each in unit) for unit in units_of(profile.layers, self.least)
+            ]
+            items["gradients"] *= part
+            items["weights"] = profile.nbytes * part + profile.buffers
+            whole = sum(units) if self.stage == 2 else 4 * max(units)
+            items["gathered"] = whole + 2 * max(units)
+        return items
+
     def setup(self, task: Task, context: Context) -> Runner:
         """Build the model and leave each rank its part."""
         if self.stage == 1:
             return OptimizerShards(task, context)
         return ShardedRunner(self, task, context)
+
+
+def units_of(layers: Sequence[Layer], least: int) -> list[list[Layer]]:
+    """Layers that are gathered together; small ones with those before them."""
+    found: list[list[Layer]] = [[]]
+    for layer in layers:
+        numbers = sum(math.prod(part.shape) for part in layer.parts)
+        if numbers >= least and found[-1]:
+            found.append([])
+        found[-1].append(layer)
+    return found
+
+
+def _gathered(
+    step: Step, found: Sequence[list[Layer]], compute: Callable[[Sequence[Layer]], None]
+) -> None:
+    """Compute units one behind the other, each when it has come; two are on their way."""
+    coming: list[int | None] = []
+
+    def start(number: int) -> None:
+        if number < len(found):
+            nbytes = sum(layer.nbytes for layer in found[number])
+            coming.append(step.start("gather weights", "exchange", nbytes) if nbytes else None)
+
+    for number in range(_AHEAD_AT_FIRST):
+        start(number)
+    for number, layers in enumerate(found):
+        step.wait(coming[number])
+        compute(layers)
+        start(number + _AHEAD_AT_FIRST)
+
+
+_AHEAD_AT_FIRST = 3  # the one that is computed on, and two ahead
+
+
+def _backward_of(step: Step, last: bool) -> Callable[[Sequence[Layer]], None]:
+    def backward(layers: Sequence[Layer]) -> None:
+        step.backward(layers[::-1])
+        nbytes = sum(layer.nbytes for layer in layers)
+        if last and nbytes:
+            step.leave(step.start("sums of gradients", "exchange", nbytes))
+
+    return backward
 
 
 class ShardedRunner(Synchronous):

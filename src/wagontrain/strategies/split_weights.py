@@ -26,9 +26,12 @@ from torch import Tensor
 
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batchnorm import forward_over
+from wagontrain.costs import Costs, Step
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.replication import Buckets
+from wagontrain.simulate import Graph
+from wagontrain.split import predict
 from wagontrain.split.border import Replicated
 from wagontrain.split.chain import Chain, find
 from wagontrain.split.divide import Cut, check_placement, divide
@@ -80,6 +83,53 @@ class SplitWeights(Strategy):
                 f"{world.size} workers of degree {self.degree} make {rows} rows that cannot share "
                 f"a batch of {task.batch_size}: give a higher degree"
             )
+
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[SplitWeights]:
+        """Every degree above 1 that divides the world."""
+        degrees = [each for each in range(2, costs.size + 1) if costs.size % each == 0]
+        batch = costs.profile.batch_size
+        fit = [each for each in degrees if costs.size // each <= batch]
+        if not any(layer.cuts for layer in costs.profile.layers):
+            return []
+        return [cls(degree=None if each == costs.size else each) for each in fit]
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Every rank of a row sees the row's samples; what is split exchanges its state."""
+        found, border, members = self._laid_out(costs)
+        step = Step(costs, costs.leaders, members, dict.fromkeys(costs.leaders, border.batch))
+        rows = costs.size // border.ranks
+        for micro in range(costs.profile.accumulate):
+            last = micro == costs.profile.accumulate - 1
+            predict.pass_through(step, found, border, last, summed=False)
+        own = predict.split_bytes(found) / border.ranks
+        whole = sum(each.nbytes for each in costs.profile.layers) - own * border.ranks
+        if rows > 1:  # every rank with those of the other rows that hold the same
+            step.members = range(0, costs.size, border.ranks)
+            step.add_to_bucket(own + whole)
+            step.send_bucket()
+            step.update()
+        else:
+            step.update(others=own + whole)
+        return step.graph
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """A part of the split layers and a copy of the others, and the row's activations."""
+        found, border, _ = self._laid_out(costs)
+        return predict.memory(costs, found, border, border.batch)
+
+    def _laid_out(self, costs: Costs) -> tuple[list[predict.Stretch], predict.Border, range]:
+        if self.strips:
+            raise UsageError("strips are not predicted yet: leave them out, or name the strategy")
+        profile, degree = costs.profile, self.degree or costs.size
+        placement: predict.Cuts
+        if not isinstance(self.placement, str):
+            placement = self.placement
+        else:
+            placement = predict.in_turn(profile, self.least)
+        batch = profile.batch_size / profile.accumulate / (costs.size // degree)
+        border = predict.Border(degree, batch, shards=False)
+        return predict.stretches(profile, placement), border, range(degree)
 
     def setup(self, task: Task, context: Context) -> SplitWeightsRunner:
         """Build the model and leave each rank its part."""

@@ -1,0 +1,91 @@
+"""The command line's `plan` and `probe`."""
+
+from __future__ import annotations
+
+import json as jsons
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from wagontrain import cluster as clusters
+from wagontrain import plan_view, planning
+from wagontrain.errors import UsageError
+from wagontrain.launch import Terms
+from wagontrain.planner.choosing import Wishes
+from wagontrain.task import load_task
+
+app = typer.Typer()
+
+Workers = Annotated[
+    int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
+]
+Interface = Annotated[
+    str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
+]
+
+
+@app.command(epilog="Example: wagontrain plan examples/alexnet.py --workers 4")
+def plan(
+    file: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")],
+    workers: Workers = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="Cluster file, or the name of one that is shipped; nothing is started."),
+    ] = None,
+    trial: Annotated[bool, typer.Option(help="Run the best three for a few steps.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Global batch size.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the plan as a page, too.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every setting.")] = False,
+    interface: Interface = None,
+) -> None:
+    """Say which strategy is best for the task in FILE, and why; train nothing."""
+    overrides = {} if batch_size is None else {"batch_size": batch_size}
+    source = load_task(file)
+    if cluster is not None:
+        if workers is not None or trial:
+            raise UsageError(
+                "--cluster says what workers there are, and starts none: leave out --workers "
+                "and --trial"
+            )
+        found = planning.plan_offline(source, clusters.find(cluster), overrides=overrides)
+    else:
+        made = planning.plan(
+            source, workers=workers, wishes=Wishes(trial=trial), overrides=overrides,
+            task_file=file, terms=Terms(interface),
+        )  # fmt: skip
+        if made is None:  # another rank says it
+            return
+        found = made
+    if html is not None:
+        plan_view.write_page(found, html)
+    if json:
+        print(jsons.dumps(found.to_json(), indent=1))
+    else:
+        Console().print(plan_view.view(found, everything), highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: wagontrain probe --workers 4 -o cluster.toml")
+def probe(
+    workers: Workers = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; default to the screen.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of the cluster, for people.")] = "probed",
+    interface: Interface = None,
+) -> None:
+    """Measure the workers and what links them: a file that can be read, edited and planned for."""
+    found = planning.measure_cluster(workers=workers, name=name, terms=Terms(interface))
+    if found is None:  # another rank says it
+        return
+    text = clusters.dump(found)
+    if output is None:
+        print(text)
+        return
+    try:
+        output.write_text(text)
+    except OSError as error:
+        raise UsageError(f"{str(output)!r} cannot be written: {error.strerror}") from error
+    print(f"{output}: {found.size} workers")

@@ -1,0 +1,186 @@
+"""A plan: the chosen strategy, what it is expected to take, and why the others lost. Plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from wagontrain.errors import UsageError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a step is expected to take.
+
+    Args:
+        seconds: of a step.
+        compute: of these, the slowest worker computes.
+        exposed: it waits for an exchange that nothing hides.
+        waiting: both its device and its links are idle: a bubble, or others are slower.
+        memory: bytes at the peak of the worker that takes most, by what they are for.
+        sent: bytes that the worker which sends most sends in a step.
+        room: bytes that a worker may take, of the one with the least to spare.
+    """
+
+    seconds: float
+    compute: float
+    exposed: float
+    waiting: float
+    memory: Mapping[str, float]
+    sent: float
+    room: float
+
+    @property
+    def peak(self) -> float:
+        """Bytes of all that is held."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether every worker has room for it."""
+        return self.peak <= self.room
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy that was weighed.
+
+    Args:
+        strategy: its name.
+        settings: of it.
+        title: the name with those settings that are not its defaults, for people.
+        exact: whether it is the same mathematics as one process.
+        estimate: None where it cannot be.
+        measured: seconds of a step in a trial, where there was one.
+        why: it was not chosen; empty for the one that was.
+        flip: what would have to change for it to be chosen, where something would.
+    """
+
+    strategy: str
+    settings: Mapping[str, Any]
+    title: str
+    exact: bool
+    estimate: Estimate | None
+    measured: float | None = None
+    why: str = ""
+    flip: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of a step: as measured where it was, else as estimated."""
+        if self.measured is not None:
+            return self.measured
+        return self.estimate.seconds if self.estimate else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was chosen.
+
+    Args:
+        chosen: the winner.
+        others: those that lost, the best first.
+        model: fingerprint of the model and task that it is for.
+        world_size: workers that it is for.
+        cluster: name of the cluster.
+        hosts: that the workers are on.
+        device: of the workers: "cpu" or "cuda".
+        notes: what else is worth knowing, a line each.
+        planning: seconds that the choice took, by what they were spent on.
+    """
+
+    chosen: Candidate
+    others: tuple[Candidate, ...]
+    model: str
+    world_size: int
+    cluster: str
+    hosts: int
+    device: str
+    notes: tuple[str, ...] = ()
+    planning: Mapping[str, float] = field(default_factory=dict)
+
+    def require(self, world_size: int, hosts: int, device: str) -> None:
+        """Refuse to be followed where it was not made for.
+
+        Args:
+            world_size: workers that there are.
+            hosts: that they are on.
+            device: "cpu" or "cuda".
+
+        Raises:
+            UsageError: it is for other workers.
+        """
+        own = (self.world_size, self.hosts, self.device)
+        if own != (world_size, hosts, device):
+            raise UsageError(
+                f"the plan is for {_workers(*own)}, and here are "
+                f"{_workers(world_size, hosts, device)}: make another with `wagontrain plan`"
+            )
+
+    def foretold(self, batch_size: int) -> dict[str, Any] | None:
+        """Its figures, to be held against what a run's summary says: of a step, in seconds and
+        bytes; None where it has none."""
+        found = self.chosen.estimate
+        if found is None:
+            return None
+        return {
+            "seconds_per_step": found.seconds,
+            "samples_per_second": batch_size / found.seconds,
+            "bytes_sent_per_step": found.sent,
+            "peak_memory": found.peak,
+            "tried_seconds_per_step": self.chosen.measured,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """As what JSON can hold."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Any, name: str = "the plan") -> Plan:
+        """What `to_json` gave.
+
+        Args:
+            content: the parsed JSON.
+            name: of the file, for messages.
+
+        Raises:
+            UsageError: it is no plan.
+        """
+        try:
+            given = dict(content)
+            if given.pop("format") != FORMAT:
+                raise KeyError("format")
+            chosen = _candidate(given.pop("chosen"))
+            others = tuple(_candidate(each) for each in given.pop("others"))
+            return cls(chosen=chosen, others=others, **{**given, "notes": tuple(given["notes"])})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UsageError(
+                f"{name} is no plan of this version: write one with `wagontrain plan FILE --json`"
+            ) from error
+
+    @classmethod
+    def parse(cls, text: str, name: str) -> Plan:
+        """The plan in a file's text.
+
+        Raises:
+            UsageError: it is none.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise UsageError(f"{name} is no JSON: {error}") from error
+        return cls.from_json(content, name)
+
+
+def _workers(count: int, hosts: int, device: str) -> str:
+    return f"{count} workers ({device}) on {hosts} host{'s' * (hosts > 1)}"
+
+
+def _candidate(content: Mapping[str, Any]) -> Candidate:
+    given = dict(content)
+    estimate = given.pop("estimate")
+    return Candidate(estimate=Estimate(**estimate) if estimate else None, **given)

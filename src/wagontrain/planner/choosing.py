@@ -1,0 +1,269 @@
+"""All of it together: measure the cluster and the task, weigh every strategy, try the best.
+
+Every rank does the same and comes to the same plan: what is decided on was gathered first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from wagontrain.batches import Batches
+from wagontrain.building import fits, forget_peak
+from wagontrain.cluster import Cluster
+from wagontrain.costs import Costs
+from wagontrain.errors import TaskError, UsageError
+from wagontrain.plan import Candidate, Plan
+from wagontrain.planner import paper, search
+from wagontrain.planner.probing import probe
+from wagontrain.planner.profiling import arithmetic, copying, measure
+from wagontrain.planner.search import Weighed
+from wagontrain.profile import Profile
+from wagontrain.strategy import Strategy
+from wagontrain.task import Task
+from wagontrain.transport import Context
+from wagontrain.units import short_time
+
+TRIED = 3
+"""Candidates that are run for a few steps."""
+_HOPELESS = 2.0
+"""Who is expected to take so many times as long as the best is not tried."""
+_STEPS = 4
+_WARM_UP = 2
+_SECONDS = 6.0
+"""Of a trial, after which no further step begins."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How to choose.
+
+    Args:
+        relaxed: whether strategies that are not the same mathematics are weighed, too.
+        trial: whether the best are run for a few steps.
+    """
+
+    relaxed: bool = False
+    trial: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, and the strategy that it chose."""
+
+    strategy: Strategy
+    plan: Plan
+
+
+def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes: Wishes) -> Choice:
+    """Measure, weigh and try. Every rank has to call this.
+
+    Args:
+        task: what is to be trained.
+        context: this rank's place in the job.
+        kinds: the strategies to weigh.
+        wishes: how to choose.
+
+    Raises:
+        UsageError: nothing can train this task on these workers; says what is closest.
+        ModelError: the model or loss failed on the first batch.
+    """
+    kinds = list(kinds)
+    clock = _Clock()
+    with context.watch.doing("measuring the task", patient=True):
+        profile, speeds = profiled(task, context)
+    clock.lap("profile")
+    with context.watch.doing("measuring the cluster", patient=True):
+        cluster = probe(context, "this one", speeds)
+    clock.lap("probe")
+    costs = Costs(profile, cluster)
+    weighed = search.weigh(kinds, costs, task, wishes.relaxed)
+    if not weighed or not weighed[0].fits:
+        raise UsageError(search.lacking(weighed))
+    clock.lap("search")
+    measured: dict[int, float] = {}
+    if wishes.trial and context.world.size > 1:
+        with context.watch.doing("trying the best strategies", patient=True):
+            measured = _try(task, context, weighed)
+        clock.lap("trial")
+    winner = weighed[min(measured, key=lambda each: measured[each])] if measured else weighed[0]
+    plan = conclude(weighed, winner, costs, kinds, measured, profile.model)
+    clock.lap("explaining")
+    forget_peak(context.world.device)
+    context.sent.forget()
+    return Choice(winner.strategy, replace(plan, planning=clock.seconds))
+
+
+def conclude(
+    weighed: Sequence[Weighed],
+    winner: Weighed,
+    costs: Costs,
+    kinds: Iterable[type[Strategy]],
+    measured: dict[int, float],
+    model: str,
+) -> Plan:
+    """The plan that follows from what was weighed and tried."""
+    made = [
+        replace(each, measured=measured.get(number))
+        for number, each in enumerate(search.candidates(weighed, winner, costs))
+    ]
+    place = next(number for number, each in enumerate(weighed) if each is winner)
+    chosen = made.pop(place)
+    others = sorted(made, key=_order)
+    others = [_tried_and_lost(each, chosen) for each in others]
+    notes = []
+    single = search.alone(kinds, costs)
+    if costs.size > 1 and chosen.seconds is not None and single < chosen.seconds:
+        notes.append(
+            f"one worker alone would take {short_time(single)} a step, less than all {costs.size} "
+            "together: train with --workers 1, or over faster links"
+        )
+    device = "cpu" if costs.cluster.hosts[0].device == "cpu" else "cuda"
+    hosts = sum(host.count for host in costs.cluster.hosts)
+    return Plan(
+        chosen, tuple(others), model, costs.size, costs.cluster.name, hosts, device, tuple(notes)
+    )
+
+
+def _order(candidate: Candidate) -> float:
+    fits = candidate.estimate is not None and candidate.estimate.fits
+    return candidate.seconds if fits and candidate.seconds is not None else float("inf")
+
+
+def _tried_and_lost(each: Candidate, chosen: Candidate) -> Candidate:
+    """With the reason from the trial, for what was tried."""
+    if each.measured is None or chosen.measured is None:
+        return each
+    times = each.measured / chosen.measured
+    return replace(each, why=f"{times:.2g}× as long when tried: {short_time(each.measured)} a step")
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+# --- the task -----------------------------------------------------------------------------------
+
+
+def sizes(task: Task, workers: int) -> list[int]:
+    """Samples to profile: a worker's share of a micro-batch, half of it, and twice."""
+    share = -(-task.batch_size // task.accumulate // workers) or 1
+    return [max(1, share // 2), share, min(2 * share, task.batch_size)]
+
+
+def profiled(task: Task, context: Context) -> tuple[Profile, list[float]]:
+    """Rank 0's profile, and the pace of every rank in the unit of its `speed`."""
+    world = context.world
+    if fits(task, context)[0]:
+        counts = sizes(task, world.size)
+        own = measure(task, world.device, counts)
+        mine = 1 / sum(layer.forward(counts[1]) + layer.backward(counts[1]) for layer in own.layers)
+    else:
+        pace = arithmetic(world.device)
+        rate = copying(world.device)
+        own = paper.on_paper(task, paper.Machine(pace, rate, world.device.type))
+        mine = pace
+    profile = Profile.from_json(context.gather_bytes(own.to_json().encode())[0].decode())
+    paces = [row[0] for row in context.gather([mine])]
+    return profile, [profile.speed * pace / paces[0] for pace in paces]
+
+
+# --- the trial ----------------------------------------------------------------------------------
+
+
+def _try(task: Task, context: Context, weighed: Sequence[Weighed]) -> dict[int, float]:
+    """Seconds of a step of the best, by their place."""
+    measured: dict[int, float] = {}
+    for place in _promising(weighed):
+        seconds = _seconds_of(task, context, weighed[place].strategy)
+        if seconds is not None:
+            measured[place] = seconds
+    return measured
+
+
+def _promising(weighed: Sequence[Weighed]) -> list[int]:
+    """Places of those worth trying: the best, and of one strategy two at most."""
+    found: list[int] = []
+    for place, each in enumerate(weighed):
+        if each.seconds > _HOPELESS * weighed[0].seconds or each.strategy.crewed:
+            continue
+        names = [weighed[other].strategy.name for other in found]
+        if names.count(each.strategy.name) < 2:
+            found.append(place)
+        if len(found) == TRIED:
+            break
+    return found
+
+
+def _seconds_of(task: Task, context: Context, strategy: Strategy) -> float | None:
+    """Seconds of a step in a trial; None where it turns out to be impossible.
+
+    It trains a model of its own: nothing of it is left.
+    """
+    device = context.world.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        refused, runner = "", None
+        try:
+            runner = strategy.setup(task, context)
+        except (UsageError, TaskError) as error:
+            refused = str(error)
+        if any(context.gather_text(refused)):
+            if runner is not None:
+                runner.close()
+            return None
+        assert runner is not None
+        try:
+            batches = Batches.of_training(replace(task, loader_workers=0), device, runner.cut)
+            loaded = batches.epoch(0)
+            return _median_step(context, lambda: runner.step(next(loaded)), batches.order.steps)
+        finally:
+            runner.close()
+
+
+def _median_step(context: Context, step: Callable[[], object], most: int) -> float | None:
+    taken: list[float] = []
+    for number in range(min(most, _WARM_UP + _STEPS)):
+        context.barrier()
+        began = time.perf_counter()
+        step()
+        if context.world.device.type == "cuda":
+            torch.cuda.synchronize(context.world.device)
+        slowest = max(row[0] for row in context.gather([time.perf_counter() - began]))
+        taken.append(slowest)
+        if sum(taken) > _SECONDS and number > 0:
+            break
+    return statistics.median(taken[min(_WARM_UP, len(taken) - 1) :]) if taken else None
+
+
+# --- without a cluster --------------------------------------------------------------------------
+
+
+def choose_offline(
+    task: Task | None,
+    profile: Profile,
+    cluster: Cluster,
+    kinds: Iterable[type[Strategy]],
+    relaxed: bool = False,
+) -> Plan:
+    """A plan for a cluster that is described in a file.
+
+    Raises:
+        UsageError: nothing can train the task there, or the file lacks a measurement.
+    """
+    kinds = list(kinds)
+    costs = Costs(profile, cluster)
+    weighed = search.weigh(kinds, costs, task, relaxed)
+    if not weighed or not weighed[0].fits:
+        raise UsageError(search.lacking(weighed))
+    return conclude(weighed, weighed[0], costs, kinds, {}, profile.model)

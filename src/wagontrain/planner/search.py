@@ -1,0 +1,279 @@
+"""Every candidate of every strategy, timed by the simulator: the best, and why the rest lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from wagontrain.cluster import Cluster, scaled, traffic
+from wagontrain.costs import Costs
+from wagontrain.errors import UsageError
+from wagontrain.mesh import World
+from wagontrain.plan import Candidate, Estimate
+from wagontrain.simulate import simulate
+from wagontrain.strategy import Strategy
+from wagontrain.task import Task
+from wagontrain.units import short_time, size
+
+_SAFETY = 0.95
+"""Of a worker's memory that a plan may take: what cannot be foreseen needs some."""
+_WIDEST = 1024.0
+_TIMED = 400_000
+"""Operations that are simulated to find out at which point the choice would flip."""
+_QUESTIONS = 30
+"""Times that both steps are simulated for one such question, about."""
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """A strategy with what it is expected to take, or the reason why it cannot be."""
+
+    strategy: Strategy
+    estimate: Estimate | None
+    refused: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be run."""
+        return self.estimate is not None and self.estimate.fits
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite where it cannot be run."""
+        return self.estimate.seconds if self.estimate and self.estimate.fits else math.inf
+
+
+def estimate(strategy: Strategy, costs: Costs) -> Estimate:
+    """What a step of a strategy takes, for a task on a cluster.
+
+    Raises:
+        UsageError: it cannot be, or the cluster lacks a measurement.
+    """
+    graph = strategy.step_graph(costs)
+    timeline = simulate(graph, costs.interference)
+    told = sorted({each.rank for one in graph.operations for each in one.resources})
+    told = [rank for rank in told if rank >= 0] or [0]
+    # The worker that computes longest is the one that the step waits for.
+    shares = max((timeline.shares(rank) for rank in told), key=lambda each: each.compute)
+    tight: tuple[float, dict[str, float], float] | None = None
+    for rank in dict.fromkeys([*costs.leaders, *told]):
+        items = strategy.memory(costs, rank)
+        if (trying := costs.trying(rank) - sum(items.values())) > 0:
+            items = {**items, "trying the model": trying}
+        room = costs.cluster.host_of(rank).memory * _SAFETY
+        spare = room - sum(items.values())
+        if tight is None or spare < tight[0]:
+            tight = (spare, items, room)
+    assert tight is not None
+    return Estimate(
+        seconds=timeline.seconds,
+        compute=shares.compute,
+        exposed=shares.exposed,
+        waiting=shares.waiting,
+        memory=tight[1],
+        sent=max(graph.sent_by(rank) for rank in told),
+        room=tight[2],
+    )
+
+
+def weigh(
+    kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None, relaxed: bool = False
+) -> list[Weighed]:
+    """Every candidate, the best first; those that cannot be at the end.
+
+    Args:
+        kinds: the strategies.
+        costs: of the task on the cluster.
+        task: asked whether it can be trained so, where given.
+        relaxed: whether strategies that are not the same mathematics are weighed, too.
+
+    Raises:
+        UsageError: the cluster lacks a measurement.
+    """
+    found = []
+    for kind in kinds:
+        for strategy in kind.candidates(costs):
+            if strategy.exact or relaxed:
+                found.append(_weighed(strategy, costs, task))
+    return sorted(found, key=lambda each: each.seconds)
+
+
+def _weighed(strategy: Strategy, costs: Costs, task: Task | None) -> Weighed:
+    if task is not None:
+        try:
+            strategy.check(task, World(size=costs.size))
+        except UsageError as error:
+            return Weighed(strategy, None, str(error))
+    return Weighed(strategy, estimate(strategy, costs))
+
+
+def lacking(weighed: Sequence[Weighed]) -> str:
+    """What is closest to being possible, where nothing is, and what it lacks."""
+    near = [each for each in weighed if each.estimate is not None]
+    if not near:
+        reasons = "; ".join(dict.fromkeys(each.refused for each in weighed)) or "none was weighed"
+        return f"no strategy can train this task on these workers: {reasons}"
+    least = min(near, key=lambda each: each.estimate.peak - each.estimate.room)  # type: ignore[union-attr]
+    assert least.estimate is not None
+    return (
+        f"nothing fits: closest is {told(least.strategy)}, which needs "
+        f"{size(least.estimate.peak)} per worker where {size(least.estimate.room)} may be "
+        "taken; give more workers or memory, or a smaller batch_size"
+    )
+
+
+# --- why ----------------------------------------------------------------------------------------
+
+
+def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> list[Candidate]:
+    """What was weighed as candidates of a plan, each with the reason why it lost.
+
+    Of every strategy the best is asked what would have to change for it to win, the best of all
+    first, as long as that takes seconds: steps of thousands of workers are not timed dozens of
+    times.
+    """
+    made = []
+    asked: set[str] = set()
+    left = _TIMED
+    for each in weighed:
+        flip = ""
+        if each.fits and each.strategy.name not in asked and each is not winner:
+            asked.add(each.strategy.name)
+            size = sum(len(one.strategy.step_graph(costs).operations) for one in (each, winner))
+            if (left := left - _QUESTIONS * size) > 0:
+                flip = flip_point(each, winner, costs)
+        made.append(
+            Candidate(
+                each.strategy.name, each.strategy.settings, told(each.strategy),
+                each.strategy.exact, each.estimate, why=_why(each, winner), flip=flip,
+            )
+        )  # fmt: skip
+    return made
+
+
+def _why(each: Weighed, winner: Weighed) -> str:
+    if each is winner:
+        return ""
+    found, best = each.estimate, winner.estimate
+    if found is None:
+        return each.refused
+    if not found.fits:
+        largest = max(found.memory, key=lambda item: found.memory[item])
+        return (
+            f"does not fit: needs {size(found.peak)} ({largest} "
+            f"{size(found.memory[largest])}), a worker may take {size(found.room)}"
+        )
+    assert best is not None
+    times = f"{found.seconds / best.seconds:.2g}× as long"
+    more = {
+        "compute": found.compute - best.compute,
+        "exposed": found.exposed - best.exposed,
+        "waiting": found.waiting - best.waiting,
+    }
+    cause = max(more, key=lambda part: more[part])
+    reasons = {
+        "compute": f"computes {short_time(found.compute)} instead of {short_time(best.compute)}",
+        "exposed": f"{size(found.sent)} cross the link every step and nothing hides "
+        f"{short_time(found.exposed)} of it",
+        "waiting": f"workers stand idle for {short_time(found.waiting)}",
+    }
+    return f"{times}: {reasons[cause]}"
+
+
+def flip_point(each: Weighed, winner: Weighed, costs: Costs) -> str:
+    """At which speed of links, or batch, a loser would be quicker than the winner."""
+    found = []
+    if costs.cluster.between or costs.cluster.within:
+        factor = _bisect(lambda value: _ahead(each, winner, _with_links(costs, value)))
+        if factor is not None:
+            rate = link_rate(costs.cluster) * factor
+            found.append(f"{'above' if factor > 1 else 'below'} {rate:.3g} Gbit/s")
+    factor = _bisect(lambda value: _ahead(each, winner, _with_batch(costs, value)))
+    if factor is not None:
+        batch = round(costs.profile.batch_size * factor)
+        found.append(f"with batches {'above' if factor > 1 else 'below'} {batch}")
+    return " or ".join(found)
+
+
+def _with_links(costs: Costs, factor: float) -> Costs:
+    return replace(costs, cluster=scaled(costs.cluster, factor))
+
+
+def _with_batch(costs: Costs, factor: float) -> Costs | None:
+    size = round(costs.profile.batch_size * factor)
+    if size < costs.size * costs.profile.accumulate:
+        return None
+    return replace(costs, profile=replace(costs.profile, batch_size=size))
+
+
+def _ahead(each: Weighed, winner: Weighed, costs: Costs | None) -> bool | None:
+    """Whether the loser would be quicker; None where one of them could not be."""
+    if costs is None:
+        return None
+    try:
+        one, other = (
+            simulate(strategy.step_graph(costs), costs.interference).seconds
+            for strategy in (each.strategy, winner.strategy)
+        )
+    except UsageError:
+        return None
+    return one < other
+
+
+def _bisect(ahead: Callable[[float], bool | None]) -> float | None:
+    """The factor nearest to 1 at which an answer turns to yes; None where it does not."""
+    found = []
+    for step in (4.0, 0.25):
+        low, high = 1.0, step
+        while 1 / _WIDEST <= high <= _WIDEST and not (answer := ahead(high)):
+            if answer is None:
+                break
+            low, high = high, high * step
+        else:
+            if 1 / _WIDEST <= high <= _WIDEST:
+                for _ in range(6):
+                    middle = math.sqrt(low * high)
+                    low, high = (low, middle) if ahead(middle) else (middle, high)
+                found.append(high)
+    return min(found, key=lambda factor: abs(math.log(factor)), default=None)
+
+
+def link_rate(cluster: Cluster) -> float:
+    """Gbit/s that a worker sends in the largest all-reduce that was measured."""
+    place = cluster.between or cluster.within
+    kind, measured = next(iter(place.items()))
+    kind, measured = (
+        ("all_reduce", place["all_reduce"]) if "all_reduce" in place else (kind, measured)
+    )
+    ranks, size, seconds = max(measured.points, key=lambda point: (point[1], point[0]))
+    return traffic(kind, ranks) * size * 8e-9 / seconds
+
+
+def alone(kinds: Iterable[type[Strategy]], costs: Costs) -> float:
+    """Seconds of a step on the quickest worker alone; infinite where it does not fit there."""
+    host = max(costs.cluster.hosts, key=lambda each: each.speed)
+    single = Cluster(costs.cluster.name, (replace(host, count=1, workers=1),))
+    one = replace(costs, cluster=single)
+    return min((each.seconds for each in weigh(kinds, one)), default=math.inf)
+
+
+def told(strategy: Strategy) -> str:
+    """A strategy with the settings that are not its defaults, for people."""
+    plain = type(strategy)()
+    different = [
+        f"{field.name}={_short(getattr(strategy, field.name))}"
+        for field in dataclasses.fields(strategy)
+        if getattr(strategy, field.name) != getattr(plain, field.name)
+    ]
+    return " ".join([strategy.name, *different])
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        ways = [str(each) for each in value.values()]
+        counts = [f"{ways.count(way)}×{way}" for way in dict.fromkeys(ways)]
+        return "+".join(counts) or "nothing"
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
