@@ -24,7 +24,10 @@ from wagontrain.testbed.run import variables
 
 # Long enough for processes that get little of a busy machine.
 PATIENCE = 5.0
-ASKED = ("run", "job.py:watched", "--run-dir", "R", "--patience", str(PATIENCE))
+ASKED = (
+    "run", "job.py:watched", "--strategy", "data-parallel", "--run-dir", "R",
+    "--patience", str(PATIENCE),
+)  # fmt: skip
 
 
 def wait_for(file: Path, seconds: float = 60) -> None:

@@ -163,7 +163,7 @@ class Mine(DataParallel):
 
 result = wt.fit(task, Mine(bucket_mb=1), workers=2, run_dir="notebook", quiet=True)
 assert result.summary["strategy"] == "mine"
-again = wt.fit(task, workers=2, run_dir="again", quiet=True)
+again = wt.fit(task, "data-parallel", workers=2, run_dir="again", quiet=True)
 assert result.summary["world_size"] == 2
 net = Net()
 net.load_state_dict(result.state_dict())

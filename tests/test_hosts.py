@@ -15,7 +15,7 @@ HOSTS = 3
 
 
 def test_an_error_on_one_host_is_told_on_all(hosts: Nursery, tmp_path: Path) -> None:
-    asked = ("run", "job.py:one_raises", "--run-dir", "R")
+    asked = ("run", "job.py:one_raises", "--strategy", "data-parallel", "--run-dir", "R")
     children = [hosts.run(rank, 3, tmp_path, *asked) for rank in range(3)]
     said = [child.end(within=30) for child in children]
     assert [status for status, _ in said] == [1, 1, 1]

@@ -26,6 +26,9 @@ Kind = Literal["all_reduce", "exchange", "broadcast", "send"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
+_SAFETY = 0.95
+
+
 def traffic(kind: Kind, ranks: int) -> float:
     """Bytes that a rank sends for each byte of the tensor, with the algorithms in use.
 
@@ -142,6 +145,10 @@ class Cluster:
     def host_of(self, rank: int) -> Host:
         """The kind of host that a worker is on."""
         return self.hosts[self._kind_of(rank)]
+
+    def room(self, rank: int) -> float:
+        """Bytes that a plan may take of a worker: some is left for what cannot be foreseen."""
+        return self.host_of(rank).memory * _SAFETY
 
     def node_of(self, rank: int) -> int:
         """The number of the host that a worker is on."""

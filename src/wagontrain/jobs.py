@@ -143,8 +143,6 @@ def start(
     if plan is not None:
         strategy = _followed(plan, task, count)
     strategy.check(task, World(size=count))
-    if place is None or place.rank == 0:
-        _say_first(strategy, count, display)
     found = None
     if resume is not None and (place is None or place.rank == 0):
         found = checkpoint.latest(Path(resume)).path.absolute()
@@ -163,6 +161,7 @@ def start(
     if place is not None or (count == 1 and not engine.travels):
         with _one_voice(place) as voice:
             folder = RunFolder.create(run_dir, label) if not place or place.rank == 0 else None
+            _say_first(strategy, count, display if folder else None)
             terms = replace(terms, stacks=folder.path / "stacks" if folder else None)
             try:
                 voice.context = launch.join(place, terms)
@@ -181,6 +180,8 @@ def start(
          "plan": plan.to_json() if plan else None},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
+    if not engine.travels:  # which may take a while, too, and be refused
+        _say_first(strategy, count, display)
     try:
         with Follower(display_, folder.events, folder.logs / "rank0.log"):
             run_job(job, source, strategy, count, folder, engine)

@@ -48,7 +48,7 @@ class Line:
             w * (n - size) * (t - mean) for w, (n, t) in zip(weights, points, strict=True)
         ) / sum(w * (n - size) ** 2 for w, (n, _) in zip(weights, points, strict=True))
         each = min(max(slope, 0.1 * mean / size), mean / size)
-        return cls(mean - each * size, each)
+        return cls(max(0.0, mean - each * size), each)
 
 
 @dataclass(frozen=True)

@@ -78,10 +78,14 @@ class Run:
         if max_steps is not None and max_steps < 1:
             raise UsageError(f"{max_steps} steps were asked for: give at least 1")
         strategy.check(task, context.world)
+        self.folder = folder if context.world.rank == 0 else None
+        self.path = context.gather_text(str(self.folder.path.resolve()) if self.folder else "")[0]
+        if self.path:
+            context.watch.stacks = Path(self.path) / "stacks"
         strategy, found = strategy.resolved(task, context)
         self.plan = found or plan
         with context.watch.doing("setting up", patient=True):
-            self._set_up(task, strategy, context, folder, max_steps)
+            self._set_up(task, strategy, context, max_steps)
             if resume is not None:
                 self._resume(resume)
             self._announce(sinks)
@@ -91,13 +95,11 @@ class Run:
         task: Task,
         strategy: Strategy,
         context: Context,
-        folder: RunFolder | None,
         max_steps: int | None,
     ) -> None:
         self.task = task
         self.strategy = strategy
         self.context = context
-        self.folder = folder if context.world.rank == 0 else None
         self.runner = strategy.setup(task, context)
         device, cut = context.world.device, self.runner.cut
         self.training = Batches.of_training(task, device, cut)
@@ -110,9 +112,6 @@ class Run:
         self._hosts = context.gather_text(socket.gethostname())
         if self.plan is not None:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
-        self.path = context.gather_text(str(self.folder.path.resolve()) if self.folder else "")[0]
-        if self.path:
-            context.watch.stacks = Path(self.path) / "stacks"
         self._data_seconds = 0.0
         self._training_seconds = 0.0
         self._samples = 0

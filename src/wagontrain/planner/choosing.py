@@ -16,7 +16,7 @@ from wagontrain.batches import Batches
 from wagontrain.building import fits, forget_peak
 from wagontrain.cluster import Cluster
 from wagontrain.costs import Costs
-from wagontrain.errors import TaskError, UsageError
+from wagontrain.errors import ModelError, TaskError, UsageError
 from wagontrain.plan import Candidate, Plan
 from wagontrain.planner import paper, search
 from wagontrain.planner.probing import probe
@@ -216,7 +216,7 @@ def _seconds_of(task: Task, context: Context, strategy: Strategy) -> float | Non
         refused, runner = "", None
         try:
             runner = strategy.setup(task, context)
-        except (UsageError, TaskError) as error:
+        except (UsageError, TaskError, ModelError) as error:  # the plain model did run
             refused = str(error)
         if any(context.gather_text(refused)):
             if runner is not None:

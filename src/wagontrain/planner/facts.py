@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from wagontrain.batches import MicroBatch
+from wagontrain.errors import ModelError
 from wagontrain.objective import Objective
 from wagontrain.profile import Layer, Line, Part
 from wagontrain.split.divide import splittable, ways
@@ -44,10 +45,13 @@ def layers_of(model: nn.Module, objective: Objective, micro: MicroBatch) -> tupl
         ModelError: the model or loss failed.
     """
     seen, softmax = _pass(model, objective, micro)
-    observed = observe(model, objective, micro)
+    try:
+        observed = observe(model, objective, micro)
+    except ModelError:  # it asks for gradients in its forward: nobody can divide it
+        observed = Observed(list(seen))
     named = dict(model.named_modules())
     homes = _homes(model, list(seen))
-    possible = set(ways(model, observed, 0))
+    possible = set(ways(model, observed, 0)) if observed.calls else set()
     found = []
     for name, facts in seen.items():
         module = named[name]

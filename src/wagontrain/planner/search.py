@@ -12,13 +12,11 @@ from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.plan import Candidate, Estimate
-from wagontrain.simulate import simulate
+from wagontrain.simulate import simulate, uncollected
 from wagontrain.strategy import Strategy
 from wagontrain.task import Task
 from wagontrain.units import short_time, size
 
-_SAFETY = 0.95
-"""Of a worker's memory that a plan may take: what cannot be foreseen needs some."""
 _WIDEST = 1024.0
 _TIMED = 400_000
 """Operations that are simulated to find out at which point the choice would flip."""
@@ -62,7 +60,7 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
         items = strategy.memory(costs, rank)
         if (trying := costs.trying(rank) - sum(items.values())) > 0:
             items = {**items, "trying the model": trying}
-        room = costs.cluster.host_of(rank).memory * _SAFETY
+        room = costs.cluster.room(rank)
         spare = room - sum(items.values())
         if tight is None or spare < tight[0]:
             tight = (spare, items, room)
@@ -92,11 +90,14 @@ def weigh(
     Raises:
         UsageError: the cluster lacks a measurement.
     """
-    found = []
-    for kind in kinds:
-        for strategy in kind.candidates(costs):
-            if strategy.exact or relaxed:
-                found.append(_weighed(strategy, costs, task))
+    found: list[Weighed] = []
+    with uncollected():
+        for kind in kinds:
+            different: list[Strategy] = []
+            for strategy in kind.candidates(costs):
+                if (strategy.exact or relaxed) and strategy not in different:
+                    different.append(strategy)
+                    found.append(_weighed(strategy, costs, task))
     return sorted(found, key=lambda each: each.seconds)
 
 

@@ -91,6 +91,16 @@ def stages_of(costs: Costs, degree: int, count: int) -> list[list[Layer]]:
     ]
 
 
+def bound(costs: Costs, degree: int, count: int) -> float:
+    """Seconds of a step with equal stages and links that cost nothing: (m + d - 1) · slowest."""
+    each = samples(costs, degree) / count
+    slowest = max(
+        sum(layer.forward(each) + layer.backward(each) for layer in stage)
+        for stage in stages_of(costs, degree, count)
+    )
+    return (count + degree - 1) * slowest
+
+
 def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
     """Layers with weights, each with those after it that have none: pooling, say, makes small
     what travels, and costs little."""

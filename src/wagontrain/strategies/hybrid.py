@@ -35,7 +35,7 @@ from wagontrain.mesh import World
 from wagontrain.profile import Layer, Profile
 from wagontrain.replication import Buckets
 from wagontrain.simulate import Graph, simulate
-from wagontrain.split import predict
+from wagontrain.split import placing, predict
 from wagontrain.split.border import Shards
 from wagontrain.split.divide import Cut, check_placement, divide, splittable, ways
 from wagontrain.split.plan import Prepared, in_turn, prepare, settle
@@ -100,12 +100,27 @@ class Hybrid(Strategy):
 
     @classmethod
     def candidates(cls, costs: Costs) -> list[Hybrid]:
-        """Placements that send least, that split all, and that the simulator finds quickest."""
+        """Placements that cost least, and the best of them changed as the simulator finds better.
+
+        How much of the sums of gradients is hidden is not known before it is simulated: there is a
+        placement for each of some shares.
+        """
         if costs.size > costs.profile.batch_size or costs.size == 1:
             return []
-        placements: list[Any] = list(predict.placements(costs.profile, costs.size))
-        found = [cls(placement=each) for each in placements]
-        best = best_of(found[0], costs)
+        border = predict.Border(
+            costs.size, costs.profile.batch_size / costs.profile.accumulate, shards=True
+        )
+        found: list[Hybrid] = []
+        for exposed in placing.EXPOSED:
+            problem = placing.problem(costs, border, costs.samples(0), exposed)
+            made = cls(placement=placing.cheapest(problem))
+            if (over := _lacking(made, costs)) > 0:
+                room = problem.nbytes(placing.cheapest(problem)) - over
+                made = cls(placement=placing.cheapest(problem, room))
+            if made not in found:
+                found.append(made)
+        first = min(found, key=lambda each: _seconds(each, costs))
+        best = best_of(first, costs)
         return found if best in found else [*found, best]
 
     def step_graph(self, costs: Costs) -> Graph:
@@ -198,6 +213,19 @@ class HybridRunner(Synchronous):
         self.axes.close()
 
 
+def _seconds(strategy: Hybrid, costs: Costs) -> float:
+    """Of a step."""
+    return simulate(strategy.step_graph(costs), costs.interference).seconds
+
+
+def _lacking(strategy: Hybrid, costs: Costs) -> float:
+    """Bytes that the worker with the least room lacks; below zero where all have some left."""
+    return max(
+        sum(strategy.memory(costs, rank).values()) - costs.cluster.room(rank)
+        for rank in costs.leaders
+    )
+
+
 def best_of(strategy: Hybrid, costs: Costs) -> Hybrid:
     """The placement that the simulator finds quickest, changing one layer or pair at a time.
 
@@ -205,8 +233,10 @@ def best_of(strategy: Hybrid, costs: Costs) -> Hybrid:
     """
 
     def seconds(placement: dict[str, Cut]) -> float:
-        graph = replace(strategy, placement=placement).step_graph(costs)
-        return simulate(graph, costs.interference).seconds
+        tried = replace(strategy, placement=placement)
+        return _seconds(tried, costs) if _lacking(tried, costs) <= room else math.inf
+
+    room = max(0.0, _lacking(strategy, costs))
 
     best: dict[str, Cut] = dict(strategy.placement)  # type: ignore[arg-type]  # candidates give one
     least = seconds(best)
@@ -225,7 +255,7 @@ def best_of(strategy: Hybrid, costs: Costs) -> Hybrid:
     return replace(strategy, placement=best)
 
 
-_CUTS: tuple[Cut, ...] = ("column", "row", "heads")
+_CUTS: tuple[Cut, ...] = ("column", "row")
 
 
 def _alike(profile: Profile) -> list[list[Layer]]:
@@ -233,7 +263,7 @@ def _alike(profile: Profile) -> list[list[Layer]]:
     named = {layer.name: layer for layer in profile.layers}
     found: dict[Any, list[Layer]] = {}
     for layer in profile.layers:
-        if layer.cuts:
+        if any(cut in layer.cuts for cut in _CUTS):
             shapes = tuple(part.shape for part in layer.parts)
             after = named[layer.after].kind if layer.after else ""
             key = (layer.kind, shapes, layer.cuts, layer.given, layer.output, after)

@@ -110,18 +110,22 @@ class Pipeline(Strategy):
 
     @classmethod
     def candidates(cls, costs: Costs) -> list[Pipeline]:
-        """Every degree above 1 that divides the world, by three numbers of micro-batches."""
+        """Every degree above 1 that divides the world, with the micro-batches that suit it best.
+
+        Of three numbers of them, by m + d - 1 times the slowest stage: see `stages.planning`.
+        """
         layers = [layer for layer in costs.profile.layers if layer.parts]
         found = []
         for degree in range(2, min(costs.size, len(layers)) + 1):
             if costs.size % degree:
                 continue
             samples = predict.samples(costs, degree)
-            for factor in _PER_STAGE if predict.divisible(costs.profile) else ():
-                if factor * degree <= samples:
-                    found.append(cls(degree=degree, micro_batches=factor * degree))
+            counts = [factor * degree for factor in _PER_STAGE if factor * degree <= samples]
             if not predict.divisible(costs.profile):
-                found.append(cls(degree=degree, micro_batches=1))
+                counts = [1]
+            if counts:
+                best = min(counts, key=lambda count: predict.bound(costs, degree, count))
+                found.append(cls(degree=degree, micro_batches=best))
         return found
 
     def step_graph(self, costs: Costs) -> Graph:

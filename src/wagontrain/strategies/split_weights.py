@@ -17,7 +17,7 @@ Source: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 3; Sh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +31,7 @@ from wagontrain.errors import UsageError
 from wagontrain.mesh import World
 from wagontrain.replication import Buckets
 from wagontrain.simulate import Graph
-from wagontrain.split import predict
+from wagontrain.split import placing, predict
 from wagontrain.split.border import Replicated
 from wagontrain.split.chain import Chain, find
 from wagontrain.split.divide import Cut, check_placement, divide
@@ -86,13 +86,20 @@ class SplitWeights(Strategy):
 
     @classmethod
     def candidates(cls, costs: Costs) -> list[SplitWeights]:
-        """Every degree above 1 that divides the world."""
+        """Every degree above 1 that divides the world: all split, and the cheapest placement."""
         degrees = [each for each in range(2, costs.size + 1) if costs.size % each == 0]
-        batch = costs.profile.batch_size
-        fit = [each for each in degrees if costs.size // each <= batch]
+        samples = costs.profile.batch_size
+        fit = [each for each in degrees if costs.size // each <= samples]
         if not any(layer.cuts for layer in costs.profile.layers):
             return []
-        return [cls(degree=None if each == costs.size else each) for each in fit]
+        found = []
+        for each in fit:
+            plain = cls(degree=None if each == costs.size else each)
+            batch = costs.profile.batch_size / costs.profile.accumulate / (costs.size // each)
+            border = predict.Border(each, batch, shards=False)
+            cheapest = placing.cheapest(placing.problem(costs, border, batch, exposed=0.0))
+            found += [plain, replace(plain, placement=cheapest)]
+        return found
 
     def step_graph(self, costs: Costs) -> Graph:
         """Every rank of a row sees the row's samples; what is split exchanges its state."""
