@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import time
 from typing import Any
@@ -25,24 +26,26 @@ from wagontrain.planner import choosing, search
 from wagontrain.planner.probing import probe
 from wagontrain.planner.search import Weighed
 from wagontrain.strategy import Strategy
-from wagontrain.task import Task
+from wagontrain.task import Task, load_task, make_task
 from wagontrain.transport import Context
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=sorted(PROBLEMS), required=True)
+    parser.add_argument("--model", required=True, help="of models.py, or a task file")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--slowest", type=float, default=5.0, help="times the best predicted")
     parser.add_argument("--most", type=int, default=2, help="settings of each strategy")
     parser.add_argument("--layers", action="store_true", help="keep the profile, too")
     asked = parser.parse_args()
-    made = task(asked.model)
+    known = asked.model in PROBLEMS
+    made = task(asked.model) if known else make_task(load_task(asked.model))
     context = launch.join(launch.place_from_environment(), launch.Terms(patience=120.0))
     began = time.perf_counter()
     profile, speeds = choosing.profiled(made, context)
     profiling = time.perf_counter() - began
     cluster = probe(context, "bed", speeds)
+    profile = choosing.at_rest(profile, context)
     probing = time.perf_counter() - began - profiling
     costs = Costs(profile, cluster)
     weighed = search.weigh(wt.discover().values(), costs, made)
@@ -92,7 +95,8 @@ def measured(made: Task, context: Context, strategy: Strategy, steps: int) -> di
         if runner is not None:
             runner.close()
         return {"refused": told[0] if told else ""}
-    loaded = Batches.of_training(made, device, runner.cut).epoch(0)
+    batches = Batches.of_training(made, device, runner.cut)
+    loaded = itertools.chain.from_iterable(map(batches.epoch, itertools.count()))
     taken: list[float] = []
     sent: list[int] = []
     for number in range(2 + steps):

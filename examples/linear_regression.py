@@ -108,7 +108,7 @@ if __name__ == "__main__":
     print(f"one step of wagontrain on {MACHINES} workers against one process:")
     print(f"  largest difference of a parameter: {verdict.max_parameter_deviation:.1e}")
 
-    state = wt.fit(task, workers=MACHINES).state_dict()
+    state = wt.fit(task, "data-parallel", workers=MACHINES).state_dict()
     theta = torch.cat([state["theta.bias"], state["theta.weight"][0]]).double()
     exact = closed_form()
     print(f"after {task().epochs} steps, against the closed form:")

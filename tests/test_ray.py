@@ -192,8 +192,10 @@ def end(process: subprocess.Popen[str] | Fork, within: float) -> tuple[int, str,
 @pytest.mark.whole
 def test_mnist_trains_and_the_whole_run_comes_back(cluster: Cluster) -> None:
     (cluster.files / "mnist.py").write_text((ROOT / "examples" / "mnist.py").read_text())
-    process = cluster.launch_new(*cluster.command("mnist.py", "--workers", "3"))
-    status, out, err = end(process, 120)
+    process = cluster.launch_new(
+        *cluster.command("mnist.py", "--workers", "3", "--strategy", "data-parallel")
+    )
+    status, out, err = end(process, 200)
     assert (status, err) == (0, "")
     assert "data-parallel over 3 workers on 3 hosts (cpu, 1 thread each)" in out
     assert "epoch 15/15  step 480/480" in out

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_plan, cli_testbed
+from wagontrain import checkpoint, cli_plan, cli_testbed, launch
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
@@ -241,3 +241,7 @@ def main() -> None:
     except WagontrainError as error:
         print(f"wagontrain: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except SystemExit as asked:
+        if asked.code or launch.place_from_environment() is None:
+            raise
+        launch.end(0)  # it was a rank among others

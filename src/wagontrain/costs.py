@@ -99,9 +99,11 @@ class Costs:
         return {
             "framework": float(self.profile.base),
             "weights": weights * part + self.profile.buffers,
-            "gradients": weights * gradients,
+            "gradients": gradients
+            * sum(layer.touched(samples) if layer.sparse else layer.nbytes for layer in layers),
             "optimizer": weights * part * self.profile.optimizer,
             "activations": sum(layer.kept for layer in layers) * samples,
+            "backward": 2 * max((layer.output for layer in layers), default=0.0) * samples,
             "batch": self.profile.sample * samples,
         }
 
@@ -188,7 +190,9 @@ class Step:
             return None
         after = [number for rank in self.leaders for number in self._last[rank]]
         seconds = self.costs.exchange(kind, nbytes, self.members)
-        sent = nbytes * traffic(kind, len(self.members))
+        count = len(self.members)
+        # Of broadcasts each member begins its part: what a tree sends is shared by all.
+        sent = nbytes * ((count - 1) / count if kind == "broadcast" else traffic(kind, count))
         return self.graph.exchange(label, seconds, self.leaders, after, sent)
 
     def wait(self, number: int | None) -> None:
@@ -210,8 +214,12 @@ class Step:
             stretch.append(layer)
             if layer.parts:
                 self.backward(stretch)
-                self.add_to_bucket(layer.nbytes, kind)
                 stretch = []
+                if layer.sparse:  # everybody's rows go to all
+                    samples = len(self.members) * max(self.samples.values())
+                    self.leave(self.start("rows of gradients", "exchange", layer.touched(samples)))
+                else:
+                    self.add_to_bucket(layer.nbytes, kind)
         self.backward(stretch)
 
     def add_to_bucket(self, nbytes: float, kind: Kind = "all_reduce") -> None:

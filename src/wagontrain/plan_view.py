@@ -23,10 +23,9 @@ def view(plan: Plan, everything: bool = False) -> RenderableType:
         everything: also settings that are neither the best of their strategy nor among the first.
     """
     table = Table(box=None, pad_edge=False, title_justify="left")
-    for name in ("strategy", "step", "compute", "exposed", "waiting", "memory", "sent/step"):
-        table.add_column(
-            name, justify="left" if name == "strategy" else "right", no_wrap=name != "strategy"
-        )
+    table.add_column("strategy", overflow="fold")
+    for name in ("step", "compute", "exposed", "waiting", "memory", "sent/step"):
+        table.add_column(name, justify="right", no_wrap=True)
     listed = [plan.chosen, *shown(plan, everything)]
     for each in listed:
         table.add_row(*_row(each, chosen=each is plan.chosen))

@@ -83,6 +83,7 @@ class Layer:
         flops: of its forward, for each sample.
         cuts: how its weights can be split, in a border of shards, or of replicas.
         after: the layer that follows with nothing but elementwise functions in between.
+        sparse: whether its gradient has only the rows that were looked up.
         scores: whether its result are scores whose softmax the loss takes: they may stay divided.
     """
 
@@ -99,6 +100,11 @@ class Layer:
     cuts: tuple[Cut, ...] = ()
     after: str = ""
     scores: bool = False
+    sparse: bool = False
+
+    def touched(self, samples: float) -> float:
+        """Bytes of a sparse gradient: rows, and the number of each."""
+        return samples * (self.output + 8 * self.rows)
 
     @property
     def nbytes(self) -> int:

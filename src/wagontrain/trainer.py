@@ -114,7 +114,7 @@ class Run:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
         self._data_seconds = 0.0
         self._training_seconds = 0.0
-        self._samples = 0
+        self._samples = self._sent = 0
         self._epoch_loss = _Mean()
         self._times = RankTimes(self._hosts)
         self._began = time.perf_counter()
@@ -159,6 +159,7 @@ class Run:
         self.context.watch.at(f"after step {batch.step}")
         self.step_count = batch.step + 1
         self._samples += report.samples
+        self._sent += report.sent or 0
         self._training_seconds += report.seconds + self._data_seconds
         if report.loss is not None:
             self._epoch_loss.add(report.loss, report.covers or report.samples)
@@ -403,7 +404,7 @@ class Run:
 
     def _summary(self) -> dict[str, Any]:
         sent, peak = self.context.sent.total(), peak_memory(self.context.world.device)
-        rows = self.context.gather_integers([-1 if sent is None else sent, peak])
+        rows = self.context.gather_integers([-1 if sent is None else sent, peak, self._sent])
         counted = all(row[0] >= 0 for row in rows)
         straggler = self._times.straggler()
         return {
@@ -419,6 +420,7 @@ class Run:
             "train_loss": self._epoch_loss.value,
             "validation": self.values,
             "bytes_sent_per_rank": [row[0] for row in rows] if counted else None,
+            "bytes_sent_in_steps_per_rank": [row[2] for row in rows] if counted else None,
             "peak_memory_per_rank": [row[1] for row in rows],
             "shares": self.runner.cut.weights,
             "times_per_rank": self._times.summary(),

@@ -41,11 +41,12 @@ def main() -> None:
         JOBS[job.kind](job, folder, place)
 
     status = launch.work(folder, parent, run)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if status:
-        # Threads of torch.distributed may still wait for ranks that are gone.
+        # Threads may wait for ranks that are gone: nobody waits for the threads.
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
+    launch.end(status)
 
 
 if __name__ == "__main__":

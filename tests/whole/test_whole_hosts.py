@@ -37,7 +37,8 @@ def test_wagontrain_run_on_four_hosts(tmp_path: Path) -> None:
 def test_torchrun_on_four_hosts(tmp_path: Path) -> None:
     command = (
         "exec torchrun --nnodes 4 --nproc-per-node 1 --node-rank $RANK"
-        f" --master-addr $MASTER_ADDR --master-port $MASTER_PORT {MNIST}"
+        f" --master-addr $MASTER_ADDR --master-port $MASTER_PORT -m wagontrain run {MNIST}"
+        " --strategy data-parallel"
     )
     usage = on_hosts(tmp_path, "sh", "-c", command, more=CPUS)
     (run,) = (tmp_path / "runs").iterdir()

@@ -11,7 +11,7 @@ failure     why workers ended, and which of it was the cause
 
 from wagontrain.launch.cores import cores
 from wagontrain.launch.failure import Failure, cause, read_failures
-from wagontrain.launch.local import end_with, start_workers, work, worker_command
+from wagontrain.launch.local import end, end_with, start_workers, work, worker_command
 from wagontrain.launch.meeting import WAIT, Terms, join, leave, meet
 from wagontrain.launch.network import named, reaching
 from wagontrain.launch.place import (
@@ -34,6 +34,7 @@ __all__ = [
     "cause",
     "cores",
     "device_for",
+    "end",
     "end_with",
     "environment_of",
     "join",

@@ -5,6 +5,7 @@ They are started and watched by torch.distributed.run's agent.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from wagontrain.errors import WorkerError
 from wagontrain.launch.failure import Failure, cause, read_failures
@@ -45,6 +47,19 @@ def work(folder: Path, parent: int, job: Callable[[Place | None], None]) -> int:
         failure.leave(folder)
         return failure.exit_status
     return 0
+
+
+def end(status: int) -> NoReturn:
+    """End this process as the interpreter would, save that C++ is not taken apart.
+
+    Threads of torch.distributed may still wait for ranks that are gone, and seldom one aborts the
+    process (SIGABRT) while its statics go: after everything was done, saved and told.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at any end
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def end_with(parent: int, folder: Path | None = None) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from wagontrain.batches import Batches
-from wagontrain.building import fits, forget_peak
+from wagontrain.building import fits, forget_peak, resident_bytes
 from wagontrain.cluster import Cluster
 from wagontrain.costs import Costs
 from wagontrain.errors import ModelError, TaskError, UsageError
@@ -79,6 +79,7 @@ def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes
     clock.lap("profile")
     with context.watch.doing("measuring the cluster", patient=True):
         cluster = probe(context, "this one", speeds)
+        profile = at_rest(profile, context)
     clock.lap("probe")
     costs = Costs(profile, cluster)
     weighed = search.weigh(kinds, costs, task, wishes.relaxed)
@@ -177,6 +178,14 @@ def profiled(task: Task, context: Context) -> tuple[Profile, list[float]]:
     profile = Profile.from_json(context.gather_bytes(own.to_json().encode())[0].decode())
     paces = [row[0] for row in context.gather([mine])]
     return profile, [profile.speed * pace / paces[0] for pace in paces]
+
+
+def at_rest(profile: Profile, context: Context) -> Profile:
+    """A profile with what workers have taken now that all is connected and nothing is trained."""
+    device = context.world.device
+    forget_peak(device)
+    taken = [row[0] for row in context.gather_integers([resident_bytes(device)])]
+    return replace(profile, base=max(taken))
 
 
 # --- the trial ----------------------------------------------------------------------------------

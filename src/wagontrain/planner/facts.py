@@ -63,6 +63,7 @@ def layers_of(model: nn.Module, objective: Objective, micro: MicroBatch) -> tupl
                 facts.kept / micro.count, facts.flops / micro.count,
                 splittable(module) if splits else (), _after(name, observed),
                 softmax and type(module) is nn.Linear and name == observed.layers[-1],
+                isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse,
             )
         )  # fmt: skip
     return tuple(found)

@@ -72,7 +72,7 @@ def probe(context: Context, name: str, speeds: Sequence[float] | None = None) ->
                 known = place[kind].points if kind in place else ()
                 place[kind] = Measured((*known, *rows))
             largest = max(row[1] for row in points["all_reduce"])
-        slowed = _interference(context, min(largest, 2**20))
+        slowed = _interference(context, min(largest, 2**22))
         measured.close()
     workers = [
         _Worker(host, kind, space, speed)

@@ -125,7 +125,11 @@ def _option(
         seconds += costs.update(layer.nbytes, 0)
         if border.shards:
             ranks = range(border.ranks)
-            seconds += exposed * costs.exchange("all_reduce", layer.nbytes, ranks)
+            if layer.sparse:
+                rows = layer.touched(border.batch)
+                seconds += exposed * costs.exchange("exchange", rows, ranks)
+            else:
+                seconds += exposed * costs.exchange("all_reduce", layer.nbytes, ranks)
         return Option(seconds, copies * layer.nbytes)
     part = 1 / border.ranks
     seconds = costs.forward(layer, border.batch, 0, part)

@@ -127,7 +127,12 @@ class DataParallel(Strategy):
         """A whole copy of everything, and the activations of the own share."""
         whole = -(-costs.profile.batch_size // costs.profile.accumulate)
         count = shares(whole, costs.size, self.shares)[rank]
-        return costs.memory(costs.profile.layers, count)
+        items = costs.memory(costs.profile.layers, count)
+        if costs.size > 1:  # after the first step DDP makes its buckets anew, beside the old ones
+            held = items["activations"] + items["backward"]
+            dense = sum(layer.nbytes for layer in costs.profile.layers if not layer.sparse)
+            items["new buckets"] = max(0.0, dense - held)
+        return items
 
     def setup(self, task: Task, context: Context) -> DataParallelRunner:
         """Build the model on every worker and join the copies with DistributedDataParallel."""

@@ -98,7 +98,9 @@ class SplitWeights(Strategy):
             batch = costs.profile.batch_size / costs.profile.accumulate / (costs.size // each)
             border = predict.Border(each, batch, shards=False)
             cheapest = placing.cheapest(placing.problem(costs, border, batch, exposed=0.0))
-            found += [plain, replace(plain, placement=cheapest)]
+            found.append(plain)
+            if set(cheapest.values()) != {"whole"}:  # else every worker would do all of the work
+                found.append(replace(plain, placement=cheapest))
         return found
 
     def step_graph(self, costs: Costs) -> Graph:
