@@ -88,28 +88,28 @@ def test_one_worker_has_nothing_to_choose(gang: Gang) -> None:
 
 
 def travelled(context: Context) -> list[tuple[str, float, float]]:
-    """Bytes foretold and sent of the best candidate of each strategy, in its third step."""
+    """Bytes foretold and sent of every candidate in its third step."""
     given = task()
     profile, speeds = choosing.profiled(given, context)
     costs = Costs(profile, probe(context, "gang", speeds))
     found = []
-    names = set()
     for each in search.weigh(wt.discover().values(), costs, given):
-        if each.strategy.name in names:
-            continue
-        names.add(each.strategy.name)
         runner = each.strategy.setup(given, context)
         loaded = Batches.of_training(given, context.world.device, runner.cut).epoch(0)
         for _ in range(3):
             context.barrier()
             context.sent.refresh()
             context.sent.lap()
-            sent = runner.step(next(loaded)).sent
+            own = runner.step(next(loaded)).sent
         runner.close()
-        assert sent is not None
-        most = max(row[0] for row in context.gather([float(sent)]))
+        assert own is not None
+        rows = [row[0] for row in context.gather([float(own)])]
         assert each.estimate is not None
-        found.append((search.told(each.strategy), each.estimate.sent, most))
+        # Foretold is who sends most; but ranks that own whole tensors (stage 1 of sharded) send
+        # them in trees, some more often, and what is foretold of those is the mean.
+        mean = each.strategy.settings.get("stage") == 1
+        sent = sum(rows) / len(rows) if mean else max(rows)
+        found.append((search.told(each.strategy), each.estimate.sent, sent))
     return found
 
 

@@ -117,8 +117,12 @@ class Hybrid(Strategy):
             if (over := _lacking(made, costs)) > 0:
                 room = problem.nbytes(placing.cheapest(problem)) - over
                 made = cls(placement=placing.cheapest(problem, room))
-            if made not in found:
+            placement: Any = made.placement
+            splits = any(cut != "whole" for cut in placement.values())
+            if splits and made not in found:  # one that splits nothing is data parallel
                 found.append(made)
+        if not found:
+            return []
         first = min(found, key=lambda each: _seconds(each, costs))
         best = best_of(first, costs)
         return found if best in found else [*found, best]

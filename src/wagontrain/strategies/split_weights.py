@@ -99,7 +99,9 @@ class SplitWeights(Strategy):
             border = predict.Border(each, batch, shards=False)
             cheapest = placing.cheapest(placing.problem(costs, border, batch, exposed=0.0))
             found.append(plain)
-            if set(cheapest.values()) != {"whole"}:  # else every worker would do all of the work
+            if any(
+                cut != "whole" for cut in cheapest.values()
+            ):  # else every worker would do all of the work
                 found.append(replace(plain, placement=cheapest))
         return found
 
