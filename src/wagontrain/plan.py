@@ -56,6 +56,8 @@ class Candidate:
         exact: whether it is the same mathematics as one process.
         estimate: None where it cannot be.
         measured: seconds of a step in a trial, where there was one.
+        corrected: seconds of a step as estimated, times what trials of the same strategy, or of
+            others, took of their estimates.
         why: it was not chosen; empty for the one that was.
         flip: what would have to change for it to be chosen, where something would.
     """
@@ -66,14 +68,15 @@ class Candidate:
     exact: bool
     estimate: Estimate | None
     measured: float | None = None
+    corrected: float | None = None
     why: str = ""
     flip: str = ""
 
     @property
     def seconds(self) -> float | None:
-        """Of a step: as measured where it was, else as estimated."""
-        if self.measured is not None:
-            return self.measured
+        """Of a step: as measured where it was, else as corrected, else as estimated."""
+        if self.measured is not None or self.corrected is not None:
+            return self.measured if self.measured is not None else self.corrected
         return self.estimate.seconds if self.estimate else None
 
 

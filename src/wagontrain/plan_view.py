@@ -63,8 +63,8 @@ def _row(each: Candidate, chosen: bool) -> list[Text]:
     if found is None:
         return [name, Text("cannot be")]
     took = short_time(found.seconds)
-    if each.measured is not None:
-        took = f"{short_time(each.measured)} ({took})"
+    if each.seconds is not None and (each.measured is not None or each.corrected is not None):
+        took = f"{short_time(each.seconds)} ({took})"
     if not found.fits:
         took = "no room"
     cells = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 from functools import partial
 from typing import Any
 
@@ -23,12 +25,14 @@ from wagontrain.planner import choosing, search
 from wagontrain.planner.facts import layers_of
 from wagontrain.planner.probing import probe
 from wagontrain.reference import Trace, train_plainly
+from wagontrain.strategies.hybrid import Hybrid
+from wagontrain.strategies.split_weights import SplitWeights
 from wagontrain.transport import Context
 from wagontrain.trial import trial_batch
 
 STEPS = 4
 WIDE = 512
-OVERHEAD = 6000  # bytes a step for figures, row counts and Gloo's own headers, per rank
+OVERHEAD = 25_000  # bytes a step for figures, row counts, Gloo's headers, what is sent again
 
 
 def model() -> nn.Module:
@@ -43,8 +47,8 @@ def task(**changes: Any) -> wt.Task:
         model=model,
         loss=F.cross_entropy,
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        train=TensorDataset(numbers(96, 3, 8, 8), classes(96, 10)),
-        batch_size=24,
+        train=TensorDataset(numbers(384, 3, 8, 8), classes(384, 10)),
+        batch_size=96,
     )
     return dataclasses.replace(made, **changes)
 
@@ -87,36 +91,45 @@ def test_one_worker_has_nothing_to_choose(gang: Gang) -> None:
     assert (name, plan) == ("data-parallel", None)
 
 
+CHOSEN = [
+    Hybrid(placement={"3": "column", "5": "row"}),
+    Hybrid(placement={"3": "row", "7": "column"}),
+    SplitWeights(placement={"3": "row", "5": "row"}),
+    SplitWeights(placement={"5": "column"}),
+]
+
+
 def travelled(context: Context) -> list[tuple[str, float, float]]:
-    """Bytes foretold and sent of every candidate in its third step."""
+    """Bytes foretold and sent of every candidate, in a step."""
     given = task()
     profile, speeds = choosing.profiled(given, context)
     costs = Costs(profile, probe(context, "gang", speeds))
     found = []
-    for each in search.weigh(wt.discover().values(), costs, given):
-        runner = each.strategy.setup(given, context)
-        loaded = Batches.of_training(given, context.world.device, runner.cut).epoch(0)
-        for _ in range(3):
+    weighed = [each.strategy for each in search.weigh(wt.discover().values(), costs, given)]
+    for strategy in [*weighed, *CHOSEN]:  # which placements are weighed hangs on what was measured
+        runner = strategy.setup(given, context)
+        batches = Batches.of_training(given, context.world.device, runner.cut)
+        own: list[float] = []
+        for batch in itertools.chain(batches.epoch(0), batches.epoch(1)):
             context.barrier()
             context.sent.refresh()
             context.sent.lap()
-            own = runner.step(next(loaded)).sent
+            own.append(float(runner.step(batch).sent or 0))
         runner.close()
-        assert own is not None
-        rows = [row[0] for row in context.gather([float(own)])]
-        assert each.estimate is not None
+        # The mean: the end of a step may still be on its way, and counts for the next.
+        rows = [row[0] for row in context.gather([statistics.mean(own[2:])])]
         # Foretold is who sends most; but ranks that own whole tensors (stage 1 of sharded) send
         # them in trees, some more often, and what is foretold of those is the mean.
-        mean = each.strategy.settings.get("stage") == 1
+        mean = strategy.settings.get("stage") == 1
         sent = sum(rows) / len(rows) if mean else max(rows)
-        found.append((search.told(each.strategy), each.estimate.sent, sent))
+        found.append((search.told(strategy), search.estimate(strategy, costs).sent, sent))
     return found
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_what_travels_is_what_was_foretold(gang: Gang, size: int) -> None:
     found = gang.run(size, travelled)[0]
-    assert {title.split()[0] for title, _, _ in found} == {
+    assert {title.split()[0] for title, _, _ in found} == {  # all that are exact
         "data-parallel", "hybrid", "pipeline", "sharded", "split-weights",
     }  # fmt: skip
     for title, foretold, sent in found:

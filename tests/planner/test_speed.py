@@ -83,5 +83,5 @@ def test_everything_that_is_worth_weighing(hosts: int, limit: float) -> None:
         for strategy in kind.candidates(given)
     ]
     assert time.perf_counter() - began < 3 * limit
-    assert len({name for _, name in found}) >= 5
+    assert len({name for _, name in found}) >= 4  # on such links a hybrid splits nothing
     assert all(seconds > 0 for seconds, _ in found)

@@ -14,6 +14,7 @@ from typing import Any
 import wagontrain as wt
 from tests.servers import counting
 from tests.servers.crews import Outcome, Threads
+from wagontrain.servers.frames import FRAME
 from wagontrain.servers.messages import (
     Ask,
     Beat,
@@ -30,7 +31,7 @@ from wagontrain.servers.messages import (
     Welcome,
 )
 from wagontrain.servers.orders import Fill, Ready, Squares
-from wagontrain.servers.wire import FRAME, Line, Network
+from wagontrain.servers.wire import Line, Network
 from wagontrain.version import __version__
 
 EPOCHS = 2

@@ -25,6 +25,7 @@ from tests.servers.shards import (
 )
 from wagontrain.errors import WorkerError
 from wagontrain.servers.contents import contents, read, room
+from wagontrain.servers.frames import FRAME
 from wagontrain.servers.messages import (
     Beat,
     Hello,
@@ -51,7 +52,7 @@ from wagontrain.servers.orders import (
 )
 from wagontrain.servers.parts import Buffer, Whole
 from wagontrain.servers.tables import Table
-from wagontrain.servers.wire import FRAME, Network
+from wagontrain.servers.wire import Network
 
 TABLE = Table("users", 100, 3)
 Make = Callable[..., Coordinator]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wagontrain.errors import UsageError, WorkerError
+from wagontrain.servers.frames import FRAME
 from wagontrain.servers.messages import (
     Ask,
     Beat,
@@ -30,7 +31,7 @@ from wagontrain.servers.messages import (
 )
 from wagontrain.servers.orders import Commit
 from wagontrain.servers.shared import NOTHING, Arena, Atlas
-from wagontrain.servers.wire import FRAME, BadMessage, Incoming, Line, Listener, Network, Secret
+from wagontrain.servers.wire import BadMessage, Incoming, Line, Listener, Network, Secret
 
 SECRET = Secret("5e" * 32)
 LOCAL = "127.0.0.1"
@@ -269,10 +270,21 @@ def test_bytes_that_are_not_of_this_protocol_harm_nobody(listener, line):
 def test_another_secret_is_refused_with_what_to_do(listener):
     with Network(Secret.new()) as stranger:
         line = stranger.connect(listener.endpoint)
-        line.send(Ask(1))
         with pytest.raises(UsageError, match="refused the secret: it is that of another job"):
+            line.send(Ask(1))
             line.receive(WAIT)
     assert listener.receive(0.1) is None
+
+
+def test_a_refused_secret_is_told_to_one_that_sends_later(listener):
+    """When the refusal has come there is nobody to send to, and zmq would wait for ever."""
+    with Network(Secret.new()) as stranger:
+        line = stranger.connect(listener.endpoint)
+        assert line._monitor.poll(int(WAIT * 1000))
+        while line.socket.poll(50, zmq.POLLOUT):
+            pass
+        with pytest.raises(UsageError, match="refused the secret: it is that of another job"):
+            line.send(Ask(1))
 
 
 def test_a_peer_without_any_secret_is_not_heard(listener):

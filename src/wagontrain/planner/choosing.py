@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,6 +86,7 @@ def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes
     weighed = search.weigh(kinds, costs, task, wishes.relaxed)
     if not weighed or not weighed[0].fits:
         raise UsageError(search.lacking(weighed))
+    _require_the_same(weighed, context)
     clock.lap("search")
     measured: dict[int, float] = {}
     if wishes.trial and context.world.size > 1:
@@ -99,6 +101,17 @@ def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes
     return Choice(winner.strategy, replace(plan, planning=clock.seconds))
 
 
+def _require_the_same(weighed: Sequence[Weighed], context: Context) -> None:
+    """Refuse to go on where ranks would try different things, and wait for each other for ever."""
+    told = "; ".join(f"{each.strategy!r} {each.fits}" for each in weighed)
+    marks = context.gather_integers([zlib.crc32(told.encode())])
+    if len({row[0] for row in marks}) > 1:
+        raise UsageError(
+            "workers came to different orders of the strategies from the same figures: name one "
+            "with --strategy"
+        )
+
+
 def conclude(
     weighed: Sequence[Weighed],
     winner: Weighed,
@@ -108,8 +121,13 @@ def conclude(
     model: str,
 ) -> Plan:
     """The plan that follows from what was weighed and tried."""
+    ratios = _ratios(weighed, measured)
     made = [
-        replace(each, measured=measured.get(number))
+        replace(
+            each,
+            measured=measured.get(number),
+            corrected=_corrected(weighed[number], ratios) if measured else None,
+        )
         for number, each in enumerate(search.candidates(weighed, winner, costs))
     ]
     place = next(number for number, each in enumerate(weighed) if each is winner)
@@ -136,9 +154,13 @@ def _order(candidate: Candidate) -> float:
 
 
 def _tried_and_lost(each: Candidate, chosen: Candidate) -> Candidate:
-    """With the reason from the trial, for what was tried."""
-    if each.measured is None or chosen.measured is None:
+    """With what the trials say of it: its own, or how others of its kind went."""
+    if chosen.measured is None or each.estimate is None or not each.estimate.fits:
         return each
+    if each.measured is None:
+        assert each.corrected is not None
+        cause = each.why.partition(": ")[2]
+        return replace(each, why=f"{each.corrected / chosen.measured:.2g}× as long: {cause}")
     times = each.measured / chosen.measured
     return replace(each, why=f"{times:.2g}× as long when tried: {short_time(each.measured)} a step")
 
@@ -199,6 +221,25 @@ def _try(task: Task, context: Context, weighed: Sequence[Weighed]) -> dict[int, 
         if seconds is not None:
             measured[place] = seconds
     return measured
+
+
+def _ratios(weighed: Sequence[Weighed], measured: Mapping[int, float]) -> dict[str, float]:
+    """Measured of estimated time by strategy; under "" that of all that were tried.
+
+    Corrected so, nobody who was not tried can be expected to beat the best that was: those are the
+    first in order, and no mean of ratios is below the least of them.
+    """
+    found: dict[str, list[float]] = {}
+    for place, seconds in measured.items():
+        ratio = seconds / weighed[place].seconds
+        for name in (weighed[place].strategy.name, ""):
+            found.setdefault(name, []).append(ratio)
+    return {name: statistics.geometric_mean(ratios) for name, ratios in found.items()}
+
+
+def _corrected(each: Weighed, ratios: Mapping[str, float]) -> float:
+    """Seconds of a step, as estimated and corrected."""
+    return each.seconds * ratios.get(each.strategy.name, ratios.get("", 1.0))
 
 
 def _promising(weighed: Sequence[Weighed]) -> list[int]:

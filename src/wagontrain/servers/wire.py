@@ -11,7 +11,7 @@ import hashlib
 import ipaddress
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -24,11 +24,9 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from wagontrain.errors import UsageError, WorkerError
 from wagontrain.layout import as_bytes
+from wagontrain.servers.frames import FRAME, Sent, bytes_of, frames_of, send_frames
 from wagontrain.servers.messages import Accepted, Message, Offer, Pull, Push, Values, decode, encode
 from wagontrain.servers.shared import NOTHING, Arena, Atlas, copy
-
-FRAME = 1 << 20
-"""Bytes of a frame: as fast as larger ones, and what is on its way needs little memory."""
 
 _HEADER_LIMIT = 1 << 20
 _SEAL = 256  # encrypted frames are a little larger
@@ -171,40 +169,6 @@ def _written(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, as bytes."""
-    memory: Any = as_bytes(tensor.detach()).numpy()
-    return memoryview(memory)
-
-
-def frames_of(tensors: Sequence[Tensor]) -> list[memoryview]:
-    """Frames to send tensors with; a tensor of no elements is one empty frame."""
-    frames = []
-    for tensor in tensors:
-        memory = bytes_of(tensor)
-        frames += [memory[at : at + FRAME] for at in range(0, max(1, len(memory)), FRAME)]
-    return frames
-
-
-Sent = Callable[[], bool]
-"""Says whether the memory that a message was sent from is needed no longer."""
-
-
-def _send(sock: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) -> Sent:
-    """Send without copying, except small frames, for which telling the end of it costs more."""
-    large = [at for at, frame in enumerate(frames) if len(frame) >= zmq.COPY_THRESHOLD]
-    tracker: Any = None
-    for at, frame in enumerate(frames):
-        more = zmq.SNDMORE if at + 1 < len(frames) else 0
-        if at not in large:
-            sock.send(frame, more, copy=True)
-        elif at == large[-1]:  # frames are sent in order: with the last one all are
-            tracker = sock.send(frame, more, copy=False, track=True)
-        else:
-            sock.send(frame, more, copy=False)
-    return (lambda: True) if tracker is None else (lambda: bool(tracker.done))
-
-
 class Incoming:
     """A message of which the header was read; its frames are still in the socket.
 
@@ -321,7 +285,7 @@ class Listener:
 
         The tensors must not change until the returned function says that they are sent.
         """
-        return _send(self.socket, [peer, encode(message), *frames_of(tensors)])
+        return send_frames(self.socket, [peer, encode(message), *frames_of(tensors)])
 
     def close(self) -> None:
         """Stop listening."""
@@ -391,7 +355,8 @@ class Line:
             references = self._references(tensors)
             message = replace(message, shared=len(references))
         sent = () if isinstance(message, Pull) else tensors[len(references) :]
-        return _send(self.socket, [encode(message), *references, *frames_of(sent)])
+        frames: list[bytes | memoryview] = [encode(message), *references, *frames_of(sent)]
+        return send_frames(self.socket, frames, self._require_welcome)
 
     def _references(self, tensors: Sequence[Tensor]) -> list[bytes]:
         """To the first tensors, as many as are in the arena."""
@@ -406,7 +371,8 @@ class Line:
         if telling and not self._accepted:
             if self._offered < self.connections():  # to this process it was not offered yet
                 self._offered = self.connections()
-                _send(self.socket, [encode(Offer(telling[0].hex()))])
+                offer = encode(Offer(telling[0].hex()))
+                send_frames(self.socket, [offer], self._require_welcome)
             return []
         return found if telling else []
 

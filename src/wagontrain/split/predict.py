@@ -143,8 +143,11 @@ class Border:
             # The reverse of the forward: a gather becomes a sum of the same size.
             return after, [] if stretch.first else before
         given = self.batch * _ends(stretch)[0]
-        back = [] if stretch.first or stretch.cut in ("row", "table") else [given]
-        return [], back
+        if stretch.first or stretch.cut == "table":
+            return [], []
+        if stretch.cut == "row":  # each rank's features of the gradient are gathered, not summed
+            return [given], []
+        return [], [given]
 
 
 def _ends(stretch: Stretch) -> tuple[float, float]:
