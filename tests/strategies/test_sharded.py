@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from torch.utils.data import TensorDataset
 
 import wagontrain as wt
 from tests.gang import Gang
-from tests.problems import classes, numbers
+from tests.problems import build, classes, numbers
+from wagontrain.folder import RunFolder
 from wagontrain.layout import local
 from wagontrain.mesh import World
 from wagontrain.sharding import units
@@ -127,3 +131,31 @@ def test_settings_and_workers_are_checked() -> None:
         wt.make_strategy("sharded", {"least": 0})
     with pytest.raises(wt.UsageError, match="13 workers cannot share a batch of 12"):
         wt.make_strategy("sharded").check(deep_task(), World(size=13))
+
+
+def validated_and_saved(context: Context, folder: Path, stage: int) -> list[float]:
+    task = dataclasses.replace(build("conv-batch-norm", "adam", "plain"), epochs=3)
+    task = dataclasses.replace(task, validation=task.train)
+    keep = RunFolder(folder) if context.world.rank == 0 else None
+    strategy = wt.make_strategy("sharded", {"stage": stage, "least": 8})
+    with wt.Run(task, strategy, context, keep) as run:
+        losses = []
+        for epoch in run.epochs():
+            losses += [run.step(batch).loss or 0.0 for batch in run.batches(epoch)]
+            run.validate()
+            run.check_replicas()
+            run.save()
+        run.close()
+    return losses
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_saves_between_validation_and_the_next_epoch(
+    gang: Gang, tmp_path: Path, stage: int
+) -> None:
+    """Weights that validation gathered were once in the way of whoever looked at the state."""
+    folder = RunFolder.create(tmp_path, "x").path
+    losses = gang.run(2, validated_and_saved, folder, stage)[0]
+    assert len(losses) == 9
+    assert all(map(math.isfinite, losses))
+    assert len(list((folder / "checkpoints").glob("step-*"))) >= 1

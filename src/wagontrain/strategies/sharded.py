@@ -221,6 +221,16 @@ class ShardedRunner(Synchronous):
         super().__init__(task, context, model, layouts)
         fetch_ahead([module for module in model.modules() if isinstance(module, FSDPModule)])
 
+    def settle(self, whole: bool = True) -> None:
+        """Let go of weights that validation gathered, before anybody looks at the state.
+
+        In stage 2 they stay for a backward pass, and after validation there is none. Whoever
+        compares replicas would then look at them, as memory that cannot be let go of any longer.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def holding(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Exchange gradients in the last backward pass only; FSDP2 adds up the others'."""
         if isinstance(self.model, FSDPModule):
