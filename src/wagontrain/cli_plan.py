@@ -13,7 +13,6 @@ from wagontrain import cluster as clusters
 from wagontrain import plan_view, planning
 from wagontrain.errors import UsageError
 from wagontrain.launch import Terms
-from wagontrain.planner.choosing import Wishes
 from wagontrain.task import load_task
 
 app = typer.Typer()
@@ -53,7 +52,7 @@ def plan(
         found = planning.plan_offline(source, clusters.find(cluster), overrides=overrides)
     else:
         made = planning.plan(
-            source, workers=workers, wishes=Wishes(trial=trial), overrides=overrides,
+            source, workers=workers, trial=trial, overrides=overrides,
             task_file=file, terms=Terms(interface),
         )  # fmt: skip
         if made is None:  # another rank says it

@@ -17,7 +17,7 @@ from wagontrain.job import Job, job_folder, run_job
 from wagontrain.launch import Failure, Place, Terms
 from wagontrain.plan import Plan
 from wagontrain.planner import keeping
-from wagontrain.planner.choosing import Wishes, choose, choose_offline
+from wagontrain.planner.choosing import choose, choose_offline
 from wagontrain.planner.probing import probe
 from wagontrain.registry import discover, make_strategy
 from wagontrain.task import Task, TaskSource, make_task
@@ -30,7 +30,7 @@ def plan(
     source: TaskSource,
     *,
     workers: int | None = None,
-    wishes: Wishes | None = None,
+    trial: bool = True,
     overrides: Mapping[str, Any] | None = None,
     task_file: str | None = None,
     terms: Terms | None = None,
@@ -40,7 +40,7 @@ def plan(
     Args:
         source: a `Task`, or a function that returns one.
         workers: processes on this machine; under torchrun its own.
-        wishes: how to choose.
+        trial: whether the best are run for a few steps.
         overrides: fields of the task to replace.
         task_file: `FILE:NAME` for workers to load the task from, where there is one.
         terms: on which workers meet.
@@ -51,8 +51,7 @@ def plan(
     Raises:
         UsageError: nothing can train this task here.
     """
-    wishes = wishes or Wishes()
-    options = {"relaxed": wishes.relaxed, "trial": wishes.trial}
+    options = {"trial": trial}
     text = _together(
         "plan", source, workers, options, overrides, task_file, terms,
         lambda context: _plan(make_task(source, overrides), context, options),
@@ -64,7 +63,6 @@ def plan_offline(
     source: TaskSource,
     cluster: Cluster,
     *,
-    relaxed: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What `auto` would choose on a cluster that is described in a file.
@@ -77,7 +75,7 @@ def plan_offline(
     """
     task = make_task(source, overrides)
     profile = keeping.profile_of(task, cluster.size, launch.cache_folder())
-    return choose_offline(task, profile, cluster, discover().values(), relaxed)
+    return choose_offline(task, profile, cluster, discover().values())
 
 
 def measure_cluster(
@@ -147,6 +145,5 @@ def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], s
 
 
 def _plan(task: Task, context: Context, options: Mapping[str, Any]) -> str:
-    wishes = Wishes(options["relaxed"], options["trial"])
-    found = choose(task, context, discover().values(), wishes).plan
+    found = choose(task, context, discover().values(), options["trial"]).plan
     return json.dumps(found.to_json())

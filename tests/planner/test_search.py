@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -114,9 +114,19 @@ def test_unequal_hosts_get_unequal_shares() -> None:
     assert other.shares(0).compute > 0.8 * other.seconds
 
 
-def test_relaxed_strategies_are_not_weighed_unless_asked_for() -> None:
+@dataclass(frozen=True)
+class Compressed(DataParallel):
+    """Weighed with exact and with relaxed settings."""
+
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[DataParallel]:
+        return [cls(), cls(compression="bf16")]
+
+
+def test_what_is_not_the_same_mathematics_is_not_weighed() -> None:
     costs = Costs(heavy_at_the_end(), cluster())
-    assert all(each.strategy.exact for each in search.weigh(wt.discover().values(), costs))
+    assert not Compressed(compression="bf16").exact
+    assert [each.strategy for each in search.weigh([Compressed], costs)] == [Compressed()]
 
 
 def test_a_plan_survives_its_file() -> None:

@@ -40,19 +40,6 @@ _SECONDS = 6.0
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """How to choose.
-
-    Args:
-        relaxed: whether strategies that are not the same mathematics are weighed, too.
-        trial: whether the best are run for a few steps.
-    """
-
-    relaxed: bool = False
-    trial: bool = True
-
-
-@dataclass(frozen=True)
 class Choice:
     """A plan, and the strategy that it chose."""
 
@@ -60,14 +47,16 @@ class Choice:
     plan: Plan
 
 
-def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes: Wishes) -> Choice:
+def choose(
+    task: Task, context: Context, kinds: Iterable[type[Strategy]], trial: bool = True
+) -> Choice:
     """Measure, weigh and try. Every rank has to call this.
 
     Args:
         task: what is to be trained.
         context: this rank's place in the job.
         kinds: the strategies to weigh.
-        wishes: how to choose.
+        trial: whether the best are run for a few steps.
 
     Raises:
         UsageError: nothing can train this task on these workers; says what is closest.
@@ -83,13 +72,13 @@ def choose(task: Task, context: Context, kinds: Iterable[type[Strategy]], wishes
         profile = at_rest(profile, context)
     clock.lap("probe")
     costs = Costs(profile, cluster)
-    weighed = search.weigh(kinds, costs, task, wishes.relaxed)
+    weighed = search.weigh(kinds, costs, task)
     if not weighed or not weighed[0].fits:
         raise UsageError(search.lacking(weighed))
     _require_the_same(weighed, context)
     clock.lap("search")
     measured: dict[int, float] = {}
-    if wishes.trial and context.world.size > 1:
+    if trial and context.world.size > 1:
         with context.watch.doing("trying the best strategies", patient=True):
             measured = _try(task, context, weighed)
         clock.lap("trial")
@@ -304,7 +293,6 @@ def choose_offline(
     profile: Profile,
     cluster: Cluster,
     kinds: Iterable[type[Strategy]],
-    relaxed: bool = False,
 ) -> Plan:
     """A plan for a cluster that is described in a file.
 
@@ -313,7 +301,7 @@ def choose_offline(
     """
     kinds = list(kinds)
     costs = Costs(profile, cluster)
-    weighed = search.weigh(kinds, costs, task, relaxed)
+    weighed = search.weigh(kinds, costs, task)
     if not weighed or not weighed[0].fits:
         raise UsageError(search.lacking(weighed))
     return conclude(weighed, weighed[0], costs, kinds, {}, profile.model)

@@ -76,16 +76,15 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     )
 
 
-def weigh(
-    kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None, relaxed: bool = False
-) -> list[Weighed]:
-    """Every candidate, the best first; those that cannot be at the end.
+def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None) -> list[Weighed]:
+    """Every candidate that is the same mathematics as one process, the best first.
+
+    Those that cannot be are at the end.
 
     Args:
         kinds: the strategies.
         costs: of the task on the cluster.
         task: asked whether it can be trained so, where given.
-        relaxed: whether strategies that are not the same mathematics are weighed, too.
 
     Raises:
         UsageError: the cluster lacks a measurement.
@@ -95,7 +94,7 @@ def weigh(
         for kind in kinds:
             different: list[Strategy] = []
             for strategy in kind.candidates(costs):
-                if (strategy.exact or relaxed) and strategy not in different:
+                if strategy.exact and strategy not in different:
                     different.append(strategy)
                     found.append(_weighed(strategy, costs, task))
     return sorted(found, key=lambda each: each.seconds)

@@ -95,7 +95,7 @@ class Keep:
     Args:
         number: of the snapshot.
         epoch: that has ended, or in which the limit on steps was met.
-        version: of the parameters in it.
+        version: steps that the state in it has, however many commits made them.
         reached: to take training up from there.
         final: it is the state that training ends with.
         memory: what the decisions keep beside that, for whoever puts the state together.

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from wagontrain.mesh import World
 from wagontrain.plan import Plan
-from wagontrain.planner.choosing import Wishes, choose
+from wagontrain.planner.choosing import choose
 from wagontrain.registry import discover, make_strategy
 from wagontrain.strategy import Runner, Strategy
 from wagontrain.task import Task
@@ -48,7 +48,7 @@ class Auto(Strategy):
         """Measure and choose; with one worker there is nothing to choose."""
         if context.world.size == 1:
             return make_strategy("data-parallel"), None
-        choice = choose(task, context, discover().values(), Wishes(trial=self.trial))
+        choice = choose(task, context, discover().values(), self.trial)
         return choice.strategy, choice.plan
 
     def setup(self, task: Task, context: Context) -> Runner:
