@@ -56,7 +56,7 @@ class OneShard:
 
     def start(self) -> subprocess.Popen[str]:
         """Start the shard beside this process."""
-        command = [*SHARD, self.listener.endpoint, "0", LOCAL, "0"]
+        command = [*SHARD, self.listener.endpoint, "0", LOCAL, "0", "."]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
         assert process.stdin is not None
         process.stdin.write(self.network.secret.text + "\n")

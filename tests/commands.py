@@ -142,7 +142,7 @@ class Running:
     def __init__(self, task_file: Path, workers: int = 2, new: bool = False) -> None:
         self.folder = task_file.parent / "slow-run"
         words = [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", str(workers),
-                 "--run-dir", str(self.folder)]  # fmt: skip
+                 "--strategy", "data-parallel", "--run-dir", str(self.folder)]  # fmt: skip
         environment = clean_environment()
         self.process = (
             subprocess.Popen(words, text=True, stdout=-1, stderr=-1, env=environment)

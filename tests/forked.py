@@ -114,16 +114,20 @@ class Spare:
 
     def __init__(self, before: Sequence[Spare]) -> None:
         orders, self._orders = os.pipe()
+        said, writing = os.pipe()
+        self.stdin = os.fdopen(writing, "wb")
         self.pid = os.fork()
         if self.pid == 0:
             for other in (*before, self):
                 os.close(other._orders)  # or the others would wait on when the launcher is gone
+                other.stdin.close()
             with os.fdopen(orders) as file:
                 order = file.read()
             if not order:
                 os._exit(0)
-            self._take(**json.loads(order))
+            self._take(said, **json.loads(order))
         os.close(orders)
+        os.close(said)
         self.returncode: int | None = None
 
     @classmethod
@@ -160,8 +164,11 @@ class Spare:
         return spare
 
     @staticmethod
-    def _take(words: list[str], environment: dict[str, str], log: str | None) -> NoReturn:
+    def _take(
+        said: int, words: list[str], environment: dict[str, str], log: str | None
+    ) -> NoReturn:
         os.setsid()
+        os.dup2(said, 0)
         if log is not None:
             redirect(1, Path(log))
             os.dup2(1, 2)

@@ -14,6 +14,8 @@ import pytest
 
 from tests.commands import TASK, Running, python, really, torchrun, wagontrain
 
+PLAIN = ("--strategy", "data-parallel", "--workers", "2")
+
 
 @pytest.mark.whole
 def test_one_and_two_workers_and_torchrun_train_alike(task_file: Path, tmp_path: Path) -> None:
@@ -83,14 +85,14 @@ def test_a_loss_that_is_no_number_on_one_rank_ends_all(task_file: Path, tmp_path
 
 
 def test_the_failing_ranks_own_traceback_is_shown_once(task_file: Path, tmp_path: Path) -> None:
-    done = wagontrain("run", f"{task_file}:one_raises", "--workers", "2", folder=tmp_path)
+    done = wagontrain("run", f"{task_file}:one_raises", *PLAIN, folder=tmp_path)
     assert done.returncode == 1
     assert done.stderr.count("LookupError: only on rank one") == 1
     assert "worker rank 1 failed:" in done.stderr
 
 
 def test_a_diverging_loss_ends_the_run_with_status_one(task_file: Path, tmp_path: Path) -> None:
-    done = wagontrain("run", f"{task_file}:diverges", "--workers", "2", folder=tmp_path)
+    done = wagontrain("run", f"{task_file}:diverges", *PLAIN, folder=tmp_path)
     assert done.returncode == 1
     assert re.search(r"^wagontrain: the loss is (inf|nan) at step 0", done.stderr)
     assert "Traceback" not in done.stderr
@@ -223,7 +225,7 @@ def test_a_worker_that_leaves_is_named(
 ) -> None:
     file = tmp_path / "early.py"
     file.write_text(EARLY)
-    done = wagontrain("run", f"{file}:{name}", "--workers", "2", folder=tmp_path)
+    done = wagontrain("run", f"{file}:{name}", *PLAIN, folder=tmp_path)
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -239,7 +241,8 @@ def test_fit_takes_along_what_the_script_can_import(
     script = folder / "script.py"
     script.write_text(
         "import wagontrain as wt\nimport neighbour\n"
-        "if __name__ == '__main__':\n    wt.fit(neighbour.task, workers=2, quiet=True)\n"
+        "if __name__ == '__main__':\n"
+        "    wt.fit(neighbour.task, 'data-parallel', workers=2, quiet=True)\n"
     )
     temporary = tmp_path / "temporary"
     temporary.mkdir()

@@ -48,6 +48,7 @@ def test_mnist_reads_at_least_95_percent_with_local_sgd(
     assert (summary["world_size"], summary["exact"]) == (4, False)
 
 
+@pytest.mark.whole
 def test_mnist_reads_at_least_93_percent_by_whole_batches(tmp_path: Path) -> None:
     done = wagontrain(
         "run", f"{EXAMPLES / 'mnist.py'}:batch", "--strategy", "sandblaster", "--workers", "2",

@@ -48,7 +48,7 @@ def test_slurms_variables_are_enough(hosts: Nursery, tmp_path: Path) -> None:
     )
     children = [
         hosts.run(
-            rank, 3, tmp_path, "run", "job.py", "--run-dir", "R",
+            rank, 3, tmp_path, "run", "job.py", "--strategy", "data-parallel", "--run-dir", "R",
             environment=torchruns | {
                 "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": "0",
                 "SLURM_NODEID": str(rank), "SLURM_JOB_ID": "9", "SLURM_STEP_ID": "1",

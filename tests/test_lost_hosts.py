@@ -39,8 +39,17 @@ def own_end(child: Child, how: str) -> None:
         assert "cannot be reached from rank" in said or "has not been heard of" in said
 
 
+WHOLE = pytest.mark.whole  # one of each is enough for every day
+
+
 @pytest.mark.parametrize(
-    ("phase", "victim"), [("step", 1), ("validation", 2), ("checkpoint", 1), ("step", 0)]
+    ("phase", "victim"),
+    [
+        ("step", 1),
+        pytest.param("validation", 2, marks=WHOLE),
+        pytest.param("checkpoint", 1, marks=WHOLE),
+        pytest.param("step", 0, marks=WHOLE),
+    ],
 )
 def test_a_lost_host_is_named(hosts: Nursery, tmp_path: Path, phase: str, victim: int) -> None:
     jobs = [Job(hosts, tmp_path, number, phase, victim) for number in range(len(HOW))]

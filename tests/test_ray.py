@@ -6,31 +6,21 @@ import importlib.util
 import json
 import os
 import re
-import secrets
 import signal
-import subprocess
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import safetensors.torch
 
-from tests.commands import ROOT, SCRIPTS, TASK, clean_environment
-from tests.forks import Fork
-from tests.hosts import way_into
-from wagontrain.testbed import links
-from wagontrain.testbed.bed import Bed, Shape, why_not
+from tests import rays
+from tests.commands import ROOT, SCRIPTS
+from tests.rays import HEAD, Cluster, end
+from wagontrain.testbed.bed import why_not
 
 pytestmark = [
     pytest.mark.testbed,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray"),
 ]
-
-HEAD = "10.77.0.1:6379"
 
 SCRIPT = """
 import parts
@@ -45,148 +35,18 @@ if __name__ == "__main__":
 """
 
 
-@dataclass
-class Cluster:
-    """Ray nodes in hosts tb0 to tb2, the head in tb0, with one CPU each.
-
-    `files` is seen as `seen` by what is launched, where the nodes see an empty folder.
-    """
-
-    bed: Bed
-    folder: Path
-    environment: dict[str, str]
-    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
-
-    @property
-    def files(self) -> Path:
-        return self.folder / "files"
-
-    def start_node(self, host: int, *arguments: str) -> None:
-        log = self.folder / f"node{host}.log"
-        command = [
-            SCRIPTS / "ray", "start", *arguments, f"--node-ip-address=10.77.0.{host + 1}",
-            f"--temp-dir={self.folder / str(host)}", "--num-cpus=1",
-            "--object-store-memory=80000000", "--disable-usage-stats", "--block",
-        ]  # fmt: skip
-        with log.open("w") as out:
-            node = self.bed.start(
-                host, [str(word) for word in command], self.environment, stdout=out,
-                stderr=subprocess.STDOUT, env=clean_environment(),
-            )  # fmt: skip
-        self.nodes.append(node)
-        until(lambda: "Ray runtime started" in log.read_text(), f"node {host} is up")
-
-    def launch(self, *command: str, **variables: str) -> Fork:
-        """Start a script in tb0, in the folder that nobody else sees, as a fork."""
-        return Fork(
-            command, self._seen, clean_environment() | self.environment | variables,
-            before=partial(_see, way_into(self.bed, 0), self.files, self._seen), starts=1,
-        )  # fmt: skip
-
-    def launch_new(self, *command: str) -> subprocess.Popen[str]:
-        """Likewise, in a new interpreter."""
-        enter = f'mount --bind {self.files} {self._seen} && cd {self._seen} && exec "$@"'
-        process: subprocess.Popen[str] = self.bed.start(
-            0, ["sh", "-c", enter, "sh", *command], self.environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_environment(),
-        )  # fmt: skip
-        return process
-
-    @property
-    def _seen(self) -> Path:
-        seen = self.folder / "seen"
-        seen.mkdir(exist_ok=True)
-        return seen
-
-    def train(self, *arguments: str, **variables: str) -> Fork:
-        return self.launch(*self.command(*arguments), **variables)
-
-    @staticmethod
-    def command(*arguments: str) -> list[str]:
-        program = str(SCRIPTS / "wagontrain")
-        return [program, "run", *arguments, "--engine", "ray", "--address", HEAD, "--run-dir",
-                "run"]  # fmt: skip
-
-    def training(self, task: str) -> Fork:
-        """A run on two nodes, of which some steps are done."""
-        process = self.train(task, "--workers", "2")
-        events = self.files / "run" / "events.jsonl"
-        until(
-            lambda: (
-                process.poll() is not None
-                or (events.exists() and '"step": 3' in events.read_text())
-            ),
-            "training is under way",
-        )
-        assert process.poll() is None, process.communicate(10)
-        return process
-
-    def processes(self, kind: str) -> dict[int, int]:
-        """Process numbers of actors ("ray::Rank") or workers ("wagontrain.worker"), by host."""
-        found = {}
-        for host, namespace in enumerate(self.bed.namespaces):
-            for process in links.processes(namespace):
-                folder = Path(f"/proc/{process}")
-                try:  # a fork has its name, of 15 letters, in another place
-                    named = (folder / "cmdline").read_text() + (folder / "comm").read_text()
-                except OSError:  # it has ended
-                    continue
-                if kind[:15] in named:
-                    found[host] = process
-        return found
-
-
-def until(done: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, f"not in {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if why_not():
         pytest.skip(str(why_not()))
-    folder = tmp_path_factory.mktemp("r")
-    (folder / "token").write_text(secrets.token_hex(32))
-    (folder / "tmp").mkdir()
-    environment = {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "TMPDIR": str(folder / "tmp"),
-    }
-    with Bed.up(Shape(3)) as bed:
-        cluster = Cluster(bed, folder, environment)
-        cluster.start_node(0, "--head", "--port=6379", "--include-dashboard=false")
-        for host in (1, 2):
-            cluster.start_node(host, f"--address={HEAD}")
+    with rays.up(tmp_path_factory.mktemp("r")) as cluster:
         yield cluster
-    for node in cluster.nodes:
-        node.wait(10)
 
 
 @pytest.fixture
 def cluster(running: Cluster) -> Iterator[Cluster]:
-    """The cluster, on which nothing is left after the test, unless a node was lost."""
-    running.files.mkdir()
-    (running.files / "parts.py").write_text(TASK)
-    (running.files / "job.py").write_text("from parts import *\n")
-    yield running
-    running.files.rename(running.folder / f"files-{secrets.token_hex(4)}")
-    for kind in ("ray::Rank", "wagontrain.worker", "ray_engine.leader"):
-        until(lambda kind=kind: not running.processes(kind), f"no {kind} is left", 10)
-    if all(node.poll() is None for node in running.nodes):
-        assert not list((running.folder / "tmp").glob("wagontrain-*"))
-
-
-def _see(enter: Any, files: Path, seen: Path) -> None:
-    enter()
-    subprocess.run(["mount", "--bind", files, seen], check=True, timeout=10)
-
-
-def end(process: subprocess.Popen[str] | Fork, within: float) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=within)
-    return process.returncode, out, err
+    with rays.used(running) as cluster:
+        yield cluster
 
 
 @pytest.mark.whole
@@ -220,6 +80,7 @@ def test_fit_sends_a_script_and_its_neighbours(cluster: Cluster) -> None:
     assert end(process, 60) == (0, "4 ['bias', 'weight']\n", "")
 
 
+@pytest.mark.whole
 def test_the_failing_ranks_own_traceback_is_shown_once(cluster: Cluster) -> None:
     status, _, err = end(cluster.train("job.py:one_raises", "--workers", "2"), 60)
     assert status == 1
@@ -229,6 +90,7 @@ def test_the_failing_ranks_own_traceback_is_shown_once(cluster: Cluster) -> None
     assert "LookupError" in traceback
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     ("victim", "said"),
     [
@@ -245,6 +107,34 @@ def test_a_killed_process_is_named(cluster: Cluster, victim: str, said: str) -> 
     assert re.fullmatch(rf"wagontrain: {said.format(host)}\n", err)
 
 
+@pytest.mark.whole
+def test_a_run_is_resumed_where_no_node_has_its_files(cluster: Cluster) -> None:
+    """Saved by one strategy on two nodes, resumed by another on three: as one process."""
+    program = str(SCRIPTS / "wagontrain")
+    alone = cluster.launch(
+        program, "run", "job.py:watched", "--strategy", "data-parallel", "--run-dir", "alone"
+    )
+    assert end(alone, 60)[::2] == (0, "")
+    first = cluster.train(
+        "job.py:watched", "--workers", "2", "--strategy", "sharded", "--steps", "6"
+    )
+    assert end(first, 60)[::2] == (0, "")
+    rest = cluster.train(
+        "job.py:watched", "--workers", "3", "--strategy", "split-weights", "--resume", "run",
+        run="rest",
+    )  # fmt: skip
+    assert end(rest, 60)[::2] == (0, "")
+
+    def losses(run: str) -> list[float]:
+        lines = (cluster.files / run / "events.jsonl").read_text().splitlines()
+        found = [json.loads(line) for line in lines]
+        return [event["loss"] for event in found if event["kind"] == "step"]
+
+    assert len(losses("run")) == 6
+    assert losses("run") + losses("rest") == pytest.approx(losses("alone"), rel=1e-5)
+
+
+@pytest.mark.whole
 def test_ctrl_c_ends_all(cluster: Cluster) -> None:
     process = cluster.training("job.py:slow")
     process.send_signal(signal.SIGINT)
@@ -275,6 +165,7 @@ def test_refusals_are_one_line(
     assert not (cluster.files / "run").exists()
 
 
+@pytest.mark.whole
 def test_a_lost_node_is_named(cluster: Cluster) -> None:
     """The last test: the cluster has two nodes afterwards."""
     process = cluster.training("job.py:slow")

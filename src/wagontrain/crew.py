@@ -1,19 +1,17 @@
-"""Running strategies whose workers come and go: who is started, and started again.
+"""Running strategies whose workers come and go.
 
-The launching process is the coordinator. Beside it are server shards and workers, each a process
-of its own that is started again when it dies; other hosts may add workers at any time.
+The launching process is the coordinator. Beside it, or on a Ray cluster, are server shards and
+workers, each a process of its own that is started again when it dies (see `hands`); other hosts
+may add workers at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +19,14 @@ from typing import Any
 import torch
 
 from wagontrain import checkpoint, launch
-from wagontrain.errors import UsageError, WorkerError
+from wagontrain.engines import Engine, Local
+from wagontrain.errors import UsageError
 from wagontrain.events import Events
 from wagontrain.folder import RunFolder
+from wagontrain.hands import Crew, LocalCrew
 from wagontrain.job import Job, job_folder
 from wagontrain.launch import Place, Terms
-from wagontrain.launch.failure import last_words, read_failures
+from wagontrain.launch.network import free_port
 from wagontrain.progress import Progress
 from wagontrain.registry import make_strategy
 from wagontrain.servers import site as sites
@@ -40,11 +40,8 @@ from wagontrain.servers.work import fingerprint
 from wagontrain.task import Task, TaskSource, load_task, make_task
 from wagontrain.transport import Context
 
-GRACE = 5.0
-"""Seconds a process has to end after it was told to, before it is killed."""
-
-_QUICK = 20.0
-_TRIES = 3
+CrewOf = Callable[[Path, RunFolder, Secret], Crew]
+"""Who starts the processes, of the folder of their job, the run's, and the secret."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ def start(
     run_dir: str | Path | None,
     label: str,
     display: Progress | None,
+    engine: Engine | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Run a job to its end; returns its summary and its folder.
 
@@ -94,10 +92,11 @@ def start(
     """
     if place is not None and place.size > 1:
         return _among(order, task, place, run_dir, label, display)
-    address = "127.0.0.1"
-    if order.terms.interface:
-        address = launch.named(order.terms.interface).address
-    return _lead(order, task, workers, workers, address, run_dir, label, display)
+
+    def crew_of(job: Path, run: RunFolder, secret: Secret) -> Crew:
+        return (engine or Local()).crew(job, run, secret, workers, order.terms.interface)
+
+    return _lead(order, task, workers, workers, crew_of, run_dir, label, display)
 
 
 def _among(
@@ -120,8 +119,12 @@ def _among(
         launch.leave(context)
     address, given, text = told.split()
     if secret is not None:
+
+        def crew_of(job: Path, run: RunFolder, secret: Secret) -> Crew:
+            return LocalCrew(run.logs, secret, address)
+
         return _lead(
-            order, task, place.size, 1, address, run_dir, label, display, int(given), secret
+            order, task, place.size, 1, crew_of, run_dir, label, display, int(given), secret
         )
     take_part(task, order.strategy, endpoint(address, int(given)), Secret(text))
     return {}, Path()
@@ -132,7 +135,7 @@ def _lead(
     task: Task,
     workers: int,
     here: int,
-    address: str,
+    crew_of: CrewOf,
     run_dir: str | Path | None,
     label: str,
     display: Progress | None,
@@ -144,8 +147,12 @@ def _lead(
     folder = RunFolder.create(run_dir, label)
     keep_secret(secret, folder.path / "secret")
     try:
-        with job_folder() as job, Network(secret) as network:
-            listener = network.listen(address, port)
+        with (
+            job_folder() as job,
+            contextlib.closing(crew_of(job, folder, secret)) as crew,
+            Network(secret) as network,
+        ):
+            listener = network.listen(crew.address, port)
             description = {
                 "strategy": strategy.name, "settings": strategy.settings,
                 "overrides": dict(order.overrides), "task_file": order.task_file,
@@ -153,12 +160,14 @@ def _lead(
             Job(
                 "work", strategy.name, strategy.settings, dict(order.overrides), order.task_file,
                 str(folder.path), {"coordinator": listener.endpoint, "dtype": order.dtype},
-            ).write(job, order.source, strategy)  # fmt: skip
+            ).write(job, order.source, strategy, crew.travels)  # fmt: skip
             events = Events([*folder.sinks(), *([display] if display is not None else [])])
             terms = sites.Terms(
-                socket.gethostname(), fingerprint(task, torch.device("cpu")), description,
-                workers, order.terms.patience,
-            )  # fmt: skip
+                fingerprint(task, torch.device("cpu")),
+                description,
+                workers,
+                order.terms.patience,
+            )
             source = None
             if order.resume is not None:
                 source = checkpoint.Restored(Context(), checkpoint.Checkpoint(order.resume))
@@ -167,14 +176,8 @@ def _lead(
             )
             coordinator, record = strategy.coordinator(task, site)
             record.begin(workers)
-            crew = Crew(job, folder.logs, secret, here)
             with ended(crew, coordinator):
-                for number in range(strategy.shards):
-                    crew.start(
-                        shard_command(listener.endpoint, number, address), number, serves=True
-                    )
-                for number in range(here):
-                    crew.start(launch.worker_command(job), number)
+                crew.begin(job, listener.endpoint, strategy.shards, here)
                 coordinator.run(lambda: crew.look_after(coordinator))
             summary = record.end(workers)
     except UsageError:
@@ -189,13 +192,6 @@ def _own_address(place: Place, interface: str | None) -> str:
     return found.address
 
 
-def shard_command(coordinator: str, index: int, address: str) -> list[str]:
-    """The command of a server shard, at a port that it keeps when it is started again."""
-    port = str(free_port(address))
-    program = [sys.executable, "-u", "-m", "wagontrain.servers.serving"]
-    return [*program, coordinator, str(index), address, port]
-
-
 def work_job(job: Job, folder: Path, prepare: Callable[[Task], Task]) -> None:
     """The worker's side of a job of the kind "work"."""
     secret = Secret(sys.stdin.readline().strip())
@@ -207,109 +203,6 @@ def work_job(job: Job, folder: Path, prepare: Callable[[Task], Task]) -> None:
 def endpoint(address: str, port: int) -> str:
     """How ZeroMQ writes it."""
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
-
-
-@dataclass
-class _Process:
-    """A process of the crew; started again, it keeps its place."""
-
-    command: Sequence[str]
-    log: Path
-    rank: int
-    serves: bool
-    popen: subprocess.Popen[bytes]
-    began: float
-    quick_ends: int = 0
-
-
-class Crew:
-    """The processes of one host.
-
-    Args:
-        folder: where processes leave their failures.
-        logs: where what they print goes.
-        secret: of the job; each reads it from its standard input.
-        workers: how many share the cores and GPUs of this host.
-    """
-
-    def __init__(self, folder: Path, logs: Path, secret: Secret, workers: int) -> None:
-        self._folder = folder
-        self._logs = logs
-        self._secret = secret
-        self._workers = workers
-        self._processes: list[_Process] = []
-
-    def start(self, command: Sequence[str], rank: int, serves: bool = False) -> None:
-        """Start a process.
-
-        Args:
-            command: program and arguments.
-            rank: its number among those of its kind.
-            serves: whether it is a server shard.
-        """
-        log = self._logs / f"{'server' if serves else 'rank'}{rank}.log"
-        popen = self._popen(command, log, rank)
-        self._processes.append(_Process(command, log, rank, serves, popen, time.monotonic()))
-
-    def _popen(self, command: Sequence[str], log: Path, number: int) -> subprocess.Popen[bytes]:
-        environment = launch.environment_of(number, self._workers)
-        with log.open("ab") as output:
-            popen = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                env=environment,
-            )  # fmt: skip
-        assert popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError), popen.stdin:  # it may have ended already
-            popen.stdin.write(self._secret.text.encode() + b"\n")
-        return popen
-
-    def look_after(self, coordinator: Coordinator) -> None:
-        """Start again what has ended, unless it said that there is no use.
-
-        Raises:
-            UsageError, TrainingError: what a worker said.
-            WorkerError: a process ends again and again.
-        """
-        for process in self._processes:
-            status = process.popen.poll()
-            if status is None or (status == 0 and coordinator.finished):
-                continue
-            for failure in read_failures(self._folder):
-                (self._logs / f"rank{failure.rank}.traceback").write_text(failure.traceback)
-                raise failure.error("")
-            self._again(process, status, coordinator)
-
-    def _again(self, process: _Process, status: int, coordinator: Coordinator) -> None:
-        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else (
-            f"ended with status {status}"
-        )  # fmt: skip
-        what = f"server shard {process.rank}" if process.serves else f"worker {process.rank}"
-        now = time.monotonic()
-        process.quick_ends = process.quick_ends + 1 if now - process.began < _QUICK else 0
-        if process.quick_ends >= _TRIES:
-            said = last_words(self._logs, process.rank)
-            raise WorkerError(
-                f"{what} {how}, {_TRIES} times within {_QUICK:.0f} s of its start; what it "
-                f"printed last, from {process.log}:\n{said}"
-            )
-        coordinator.gone(process.popen.pid, how)
-        coordinator.observer.noted(
-            "restarted", {"what": what, "process": process.popen.pid, "why": how}
-        )
-        process.popen = self._popen(process.command, process.log, process.rank)
-        process.began = now
-
-    def end(self, coordinator: Coordinator) -> None:
-        """Wait until all have ended, which they were told to; kill who does not."""
-        limit = time.monotonic() + GRACE
-        while time.monotonic() < limit and any(
-            process.popen.poll() is None for process in self._processes
-        ):
-            coordinator.say_over(0.1)  # one that was just started has not heard it yet
-        for process in self._processes:
-            if process.popen.poll() is None:
-                process.popen.kill()
-                process.popen.wait(GRACE)
 
 
 def take_part(task: Task, strategy: Crewed, coordinator: str, secret: Secret) -> None:
@@ -413,14 +306,6 @@ def keep_secret(secret: Secret, file: Path) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as out:
         out.write(secret.text + "\n")
-
-
-def free_port(address: str) -> int:
-    """A port that nothing listens on now."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

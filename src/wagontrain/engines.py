@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -12,6 +12,10 @@ from wagontrain import launch, ray_engine
 from wagontrain.errors import UsageError, nearest
 from wagontrain.folder import RunFolder
 from wagontrain.launch import Place
+
+if TYPE_CHECKING:
+    from wagontrain.hands import Crew
+    from wagontrain.servers.wire import Secret
 
 MOST_WORKERS_PER_CORE = 32
 
@@ -44,6 +48,23 @@ class Engine(ABC):
             KeyboardInterrupt: Ctrl-C; the workers were ended first.
         """
 
+    @abstractmethod
+    def crew(
+        self, folder: Path, run: RunFolder, secret: Secret, workers: int, interface: str | None
+    ) -> Crew:
+        """Who starts the processes of a job whose workers come and go.
+
+        Args:
+            folder: of the job.
+            run: the run's folder.
+            secret: of the job.
+            workers: how many there will be.
+            interface: network interface to talk to other hosts by, if it was named.
+
+        Raises:
+            UsageError: they cannot be started here.
+        """
+
 
 class Local(Engine):
     """Processes on this machine."""
@@ -66,6 +87,15 @@ class Local(Engine):
     def run(self, folder: Path, workers: int, run: RunFolder) -> None:
         """Run a job; see `launch.start_workers`."""
         launch.start_workers(launch.worker_command(folder), workers, folder, run.logs)
+
+    def crew(
+        self, folder: Path, run: RunFolder, secret: Secret, workers: int, interface: str | None
+    ) -> Crew:
+        """Processes beside this one, on loopback unless an interface is named."""
+        from wagontrain.hands import LocalCrew  # few strategies need what it brings along
+
+        address = launch.named(interface).address if interface else "127.0.0.1"
+        return LocalCrew(run.logs, secret, address)
 
 
 class Ray(Engine):
@@ -97,6 +127,19 @@ class Ray(Engine):
     def run(self, folder: Path, workers: int, run: RunFolder) -> None:
         """Run a job; see `ray_engine.start_workers`."""
         ray_engine.start_workers(folder, workers, run, self.address)
+
+    def crew(
+        self, folder: Path, run: RunFolder, secret: Secret, workers: int, interface: str | None
+    ) -> Crew:
+        """Actors, which Ray restarts when their node is lost."""
+        from wagontrain.ray_engine.crewing import RayCrew
+
+        if interface:
+            raise UsageError(
+                f"--interface {interface}: on a Ray cluster all listen at the addresses that Ray "
+                "knows the nodes by; leave it out"
+            )
+        return RayCrew(folder, run, secret, workers, self.address)
 
 
 ENGINES = ("local", "ray")

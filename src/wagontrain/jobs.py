@@ -153,7 +153,7 @@ def start(
         assert isinstance(strategy, Crewed)
         order = crew.Order(source, strategy, overrides or {}, task_file, steps, found, terms)
         with _one_voice(place):
-            summary, path = crew.start(order, task, count, place, run_dir, label, display)
+            summary, path = crew.start(order, task, count, place, run_dir, label, display, engine)
         result = Result(summary, path)
         if summary:  # the others have worked for the one that has it
             _show(result, display)

@@ -11,7 +11,7 @@ from wagontrain.ray_engine.rank import Where
 
 def test_ranks_of_a_node_are_neighbours_and_see_its_gpus() -> None:
     where = [
-        Where(node, f"host-{node}", f"10.0.0.{node}", gpus, {})
+        Where(node, f"host-{node}", f"10.0.0.{node}", gpus, {}, 1)
         for node, gpus in (("1", ["3"]), ("2", ["0"]), ("1", ["1"]))
     ]
     found = members(["a", "b", "c"], where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -83,7 +82,6 @@ class Threads:
         self.endpoint = self.listener.endpoint
         self.events = Events(self.folder.sinks())
         terms = Terms(
-            socket.gethostname(),
             fingerprint(task, torch.device("cpu")),
             {},
             workers,
@@ -121,7 +119,8 @@ class Threads:
 
     def serve(self, number: int) -> None:
         """Start a shard's process, so to speak."""
-        self.start(serving.serve, self.endpoint, number, self.secret)
+        place = ("127.0.0.1", 0, self.folder.path)
+        self.start(serving.serve, self.endpoint, number, self.secret, *place)
 
     def run(self, look_after: Callable[[], None] = lambda: None) -> Outcome:
         """Coordinate until all is done."""

@@ -44,7 +44,7 @@ ALONE = dict.fromkeys(
     ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
      "MASTER_ADDR", "MASTER_PORT")
 )  # fmt: skip
-# A process that ends again and again within seconds of its start ends the run: see crew._QUICK.
+# A process that ends again and again within seconds of its start ends the run: see hands._QUICK.
 AGE, QUICK = 21.0, 2
 
 
@@ -110,7 +110,7 @@ class Job:
         for line in listed.splitlines():
             number, _, command = line.strip().partition(" ")
             if "servers.serving" in command:
-                found[command.split()[-3]] = int(number)
+                found[command.split()[-4]] = int(number)
             elif "wagontrain.worker" in command:
                 found["worker"] = int(number)
         return found

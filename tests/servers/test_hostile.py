@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
             assert said.reason.startswith("a message was refused")
         line.send(Squares(0, 99, math.nan))  # of a norm that nobody asked for
         line.socket.send(b"x" * (2 * FRAME))  # ends the connection, which is made anew
+        limit = time.monotonic() + SECONDS
+        while line.connections() < 2:  # what is sent earlier may be lost with it
+            assert time.monotonic() < limit
+            time.sleep(0.01)
         line.send(Ask(99))
         line.send(Bye(99))
         assert answer(line) == Unknown()

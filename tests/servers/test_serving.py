@@ -484,7 +484,8 @@ def test_a_killed_shard_goes_on_from_its_file(make, tmp_path):
 
 
 def test_a_disk_that_is_full_ends_nothing(make, tmp_path):
-    one = make(file=str(tmp_path / "missing" / "shard-0"), every=0.01)
+    (tmp_path / "file").touch()
+    one = make(file=str(tmp_path / "file" / "shard-0"), every=0.01)
     one.start()
     one.set_up()
     worker = one.worker()
@@ -497,7 +498,7 @@ def test_a_disk_that_is_full_ends_nothing(make, tmp_path):
 def test_a_process_of_its_own_is_told_the_secret_in_private(make):
     one = make()
     program = [sys.executable, "-m", "wagontrain.servers.serving"]
-    command = [*program, one.listener.endpoint, "0", LOCAL, "0"]
+    command = [*program, one.listener.endpoint, "0", LOCAL, "0", "."]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
     ) as process:

@@ -307,7 +307,7 @@ def test_rows_that_nobody_asks_for_keep_their_first_numbers_and_have_no_state(
 def filled(image: Image) -> list[Shard]:
     """An image's shards as they begin."""
     shards = []
-    for job in image.jobs(image.optimizer.state_dict()["param_groups"], {}, None):
+    for job in image.jobs(image.optimizer.state_dict()["param_groups"], {}):
         shards.append(Shard(job))
         take_up(shards[-1], image.part(job.index))
     return shards

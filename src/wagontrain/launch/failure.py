@@ -140,12 +140,12 @@ def cause(
         )
         return WorkerError(
             f"worker rank {rank}{_on(rank, hosts)} {how}; the other workers were stopped. What it "
-            f"printed last, from {logs}:\n{last_words(logs, rank)}"
+            f"printed last, from {logs}:\n{last_words(logs, f'rank{rank}')}"
         )
     if early:
         return WorkerError(
             f"worker rank {early[0]} ended early, with status 0, and the others lost it. What it "
-            f"printed last, from {logs}:\n{last_words(logs, early[0])}"
+            f"printed last, from {logs}:\n{last_words(logs, f'rank{early[0]}')}"
         )
     return WorkerError(f"worker rank {in_time[0].rank} {in_time[0].message}")
 
@@ -154,8 +154,8 @@ def _on(rank: int, hosts: Mapping[int, str] | None) -> str:
     return f" on {hosts[rank]}" if hosts else ""
 
 
-def last_words(logs: Path, rank: int, lines: int = 10) -> str:
-    """The end of what a worker printed."""
-    file = logs / f"rank{rank}.log"
+def last_words(logs: Path, name: str, lines: int = 10) -> str:
+    """The end of what a process printed."""
+    file = logs / f"{name}.log"
     printed = file.read_text(errors="replace").splitlines() if file.exists() else []
     return "\n".join(printed[-lines:]) or "(nothing)"

@@ -75,3 +75,11 @@ def named(name: str) -> Interface:
         raise UsageError(f"no network interface {name!r} on {where}; {nearest(name, known)}")
     own = [interface for interface in interfaces() if interface.name == name]
     return min(own, key=lambda interface: ":" in interface.address)
+
+
+def free_port(address: str) -> int:
+    """A port that nothing listens on now."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])

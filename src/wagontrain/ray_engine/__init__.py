@@ -5,6 +5,8 @@ leader     the leader, a process of its own that talks to Ray, so that what Ray 
            and ends with is not the user's
 placing    actors for the ranks, spread over the nodes
 rank       what an actor does on its node
+crewing    the launching end where workers come and go
+crew_leader, notes   its leader, and what the two tell each other
 scratch    the folder it has there
 mirror     the files of a run on a node, copied as they grow
 sources    the Python files of a task, for nodes that do not have them

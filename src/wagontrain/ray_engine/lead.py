@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -102,6 +103,91 @@ class Outcome:
         return kind(found.message)
 
 
+class Leader:
+    """The process that leads actors, as the launching process sees it.
+
+    Args:
+        program: which one, a module of this package.
+        folder: of the job.
+        order: what it has to know.
+        log: where what it prints goes.
+    """
+
+    def __init__(self, program: str, folder: Path, order: Order, log: Path) -> None:
+        self.folder, self.order, self.log = folder, order, log
+        order.write(folder)
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", f"wagontrain.ray_engine.{program}", str(folder),
+                 str(os.getpid())],
+                stdin=subprocess.PIPE, stdout=out, stderr=out,
+                start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
+            )  # fmt: skip
+
+    def connect(self) -> str:
+        """Wait until the cluster has answered; returns this node's address there, if it did.
+
+        Raises:
+            UsageError: it does not answer, or refuses.
+        """
+        limit = time.monotonic() + CONNECT_SECONDS
+        while not self.connected and self.process.poll() is None:
+            # Ray tries a token that was refused again and again, and does not say why at the end.
+            if _REFUSED in self.log.read_text(errors="replace"):
+                raise UsageError(NO_TOKEN)
+            if time.monotonic() > limit:
+                raise UsageError(
+                    f"the Ray cluster {self.order.place} did not answer within "
+                    f"{CONNECT_SECONDS:.0f} s: check the address with `ray status`, or start a "
+                    "cluster with `ray start --head`"
+                )
+            time.sleep(_TICK)
+        return (self.folder / CONNECTED).read_text() if self.connected else ""
+
+    @property
+    def connected(self) -> bool:
+        """Whether the cluster has answered."""
+        return (self.folder / CONNECTED).exists()
+
+    def end(self) -> None:
+        """End it, and so the actors; where it does not end them, Ray does."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        if self.process.poll() is not None:
+            return
+        if self.connected:
+            self.process.terminate()
+        else:
+            self.process.kill()  # it has made nothing yet, and Ray does not listen while it tries
+        try:
+            self.process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def settle(self) -> None:
+        """It has ended: raise what it ended with, if not well."""
+        error = Outcome.read(self.folder)
+        if error is not None:
+            raise error
+        if self.process.returncode and not self.connected:
+            raise UsageError(
+                f"Ray could not connect to the cluster {self.order.place} ({_reason(self.log)}): "
+                "this machine has to be a node of it; make it one by `ray start --address`, or go "
+                "to one"
+            )
+        if self.process.returncode:
+            raise WorkerError(
+                "the process that leads the Ray actors ended with status "
+                f"{self.process.returncode}: the connection to the cluster was lost, or the like. "
+                f"What it printed last, from {self.log}:\n"
+                + "\n".join(self.log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
+            )
+        if not self.log.stat().st_size:
+            self.log.unlink()
+
+
 def start_workers(folder: Path, workers: int, run: RunFolder, address: str | None) -> None:
     """Run the job in a folder on a Ray cluster, until all workers have ended well.
 
@@ -118,36 +204,13 @@ def start_workers(folder: Path, workers: int, run: RunFolder, address: str | Non
         KeyboardInterrupt: Ctrl-C; the actors were ended first.
     """
     order = Order(address, workers, str(run.path.absolute()), str(Path.cwd()))
-    order.write(folder)
-    log = run.logs / "ray.log"
-    with log.open("wb") as out:
-        leader = subprocess.Popen(
-            [sys.executable, "-u", "-m", "wagontrain.ray_engine.leader", str(folder),
-             str(os.getpid())],
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
-        )  # fmt: skip
+    leader = Leader("leader", folder, order, run.logs / "ray.log")
     try:
-        _wait_for_cluster(leader, folder, order, log)
-        leader.wait()
+        leader.connect()
+        leader.process.wait()
     finally:
-        _end(leader, connected=(folder / CONNECTED).exists())
-    error = Outcome.read(folder)
-    if error is not None:
-        raise error
-    if leader.returncode and not (folder / CONNECTED).exists():
-        raise UsageError(
-            f"Ray could not connect to the cluster {order.place} ({_reason(log)}): this machine "
-            "has to be a node of it; make it one by `ray start --address`, or go to one"
-        )
-    if leader.returncode:
-        raise WorkerError(
-            f"the process that leads the Ray actors ended with status {leader.returncode}: the "
-            f"connection to the cluster was lost, or the like. What it printed last, from {log}:\n"
-            + "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
-        )
-    if not log.stat().st_size:
-        log.unlink()
+        leader.end()
+    leader.settle()
 
 
 def _reason(log: Path) -> str:
@@ -172,35 +235,3 @@ def require_ray(address: str | None) -> None:
             "--engine ray needs Ray, which is not installed: pip install 'wagontrain[ray]', here "
             "and on all nodes"
         )
-
-
-def _wait_for_cluster(
-    leader: subprocess.Popen[bytes], folder: Path, order: Order, log: Path
-) -> None:
-    """Wait until the cluster has answered, or the leader has ended by itself."""
-    limit = time.monotonic() + CONNECT_SECONDS
-    while not (folder / CONNECTED).exists() and leader.poll() is None:
-        # Ray tries a token that was refused again and again, and in the end does not say why.
-        if _REFUSED in log.read_text(errors="replace"):
-            raise UsageError(NO_TOKEN)
-        if time.monotonic() > limit:
-            raise UsageError(
-                f"the Ray cluster {order.place} did not answer within {CONNECT_SECONDS:.0f} s: "
-                "check the address with `ray status`, or start a cluster with `ray start --head`"
-            )
-        time.sleep(_TICK)
-
-
-def _end(leader: subprocess.Popen[bytes], connected: bool) -> None:
-    """End the leader, which ends the actors; where it does not, Ray ends them without it."""
-    if leader.poll() is not None:
-        return
-    if connected:
-        leader.terminate()
-    else:
-        leader.kill()  # it has made nothing yet, and Ray does not listen while it tries
-    try:
-        leader.wait(END_SECONDS)
-    except subprocess.TimeoutExpired:
-        leader.kill()
-        leader.wait()

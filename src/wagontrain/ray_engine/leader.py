@@ -22,7 +22,7 @@ from wagontrain.launch import Failure
 from wagontrain.ray_engine.lead import CONNECTED, NO_TOKEN, Order, Outcome
 from wagontrain.ray_engine.mirror import Copy
 from wagontrain.ray_engine.placing import Member, one_line, placed
-from wagontrain.ray_engine.rank import News
+from wagontrain.ray_engine.rank import News, Post
 
 NEWS_SECONDS = 1.0
 """How long an actor waits for something to tell before it says that there is nothing."""
@@ -43,10 +43,10 @@ def main() -> None:
     launch.end_with(parent, folder)
     order = Order.read(folder)
     try:
-        _connect(order)
-        (folder / CONNECTED).touch()
+        connect(order)
+        report_connected(folder)
         with placed(order.workers) as members:
-            _Job(members, RunFolder(Path(order.run_dir))).lead(_files(folder), order.directory)
+            _Job(members, RunFolder(Path(order.run_dir))).lead(files_of(folder), order.directory)
     except WagontrainError as error:
         Outcome.of(error).write(folder)
         sys.exit(error.exit_status)
@@ -54,7 +54,12 @@ def main() -> None:
         ray.shutdown()
 
 
-def _connect(order: Order) -> None:
+def connect(order: Order) -> None:
+    """Join the cluster.
+
+    Raises:
+        UsageError: it cannot be joined.
+    """
     try:
         ray.init(address=order.address or "auto", log_to_driver=False, logging_level="ERROR")
     except AuthenticationError as error:
@@ -66,7 +71,15 @@ def _connect(order: Order) -> None:
         ) from error
 
 
-def _files(folder: Path) -> dict[str, bytes]:
+def report_connected(folder: Path) -> None:
+    """Leave word of it in the job's folder: this node's address in the cluster."""
+    part = folder / f"{CONNECTED}.part"
+    part.write_text(ray.util.get_node_ip_address())
+    part.rename(folder / CONNECTED)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What is in a job's folder, save what is between the launching process and this."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
@@ -116,7 +129,12 @@ class _Job:
             )
             begun = [
                 member.actor.begin.remote(
-                    job, rank, variables(member, rank, len(self.members), address, port), directory
+                    job,
+                    Post(
+                        f"rank{rank}",
+                        variables(member, rank, len(self.members), address, port),
+                        directory,
+                    ),
                 )
                 for rank, member in enumerate(self.members)
             ]

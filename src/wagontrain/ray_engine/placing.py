@@ -58,15 +58,16 @@ def placed(workers: int) -> Iterator[list[Member]]:
         UsageError: the cluster has not the CPUs or GPUs, does not give them in time, or has
             other versions installed.
     """
-    each = _needs(workers)
+    each = needs(workers)
     group = placement_group([each] * workers, strategy="SPREAD")
     actors: list[Any] = []
     try:
         if not group.wait(PLACED_SECONDS):
             raise UsageError(
-                f"{workers} workers were asked for, and the Ray cluster did not give {_text(each)} "
-                f"for each within {PLACED_SECONDS} s (free now: {_text(_free(each))}): wait until "
-                "other jobs have ended, or give fewer --workers"
+                f"{workers} workers were asked for, and the Ray cluster did not give "
+                f"{text_of(each)} for each within {PLACED_SECONDS} s (free now: "
+                f"{text_of(_free(each))}): wait until other jobs have ended, or give fewer "
+                "--workers"
             )
         make = ray.remote(Rank)
         for bundle in range(workers):
@@ -74,15 +75,19 @@ def placed(workers: int) -> Iterator[list[Member]]:
             options = {"num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)}
             actors.append(make.options(scheduling_strategy=strategy, **options).remote())
         found = _where(actors)
-        _require_alike(found)
+        require_alike(found)
         yield members(actors, found)
     finally:
-        _end(actors)
+        end_all(actors)
         remove_placement_group(group)
 
 
-def _needs(workers: int) -> dict[str, float]:
-    """What each worker needs: a CPU, and a GPU where the cluster has any."""
+def needs(workers: int) -> dict[str, float]:
+    """What each worker needs: a CPU, and a GPU where the cluster has any.
+
+    Raises:
+        UsageError: the cluster has not so many.
+    """
     there = ray.cluster_resources()
     each = {"CPU": 1.0}
     if there.get("GPU", 0) > 0:
@@ -92,7 +97,7 @@ def _needs(workers: int) -> dict[str, float]:
         if most < workers:
             nodes = sum(node["Alive"] for node in ray.nodes())
             raise UsageError(
-                f"{workers} workers were asked for, each with {_text(each)}; the Ray cluster has "
+                f"{workers} workers were asked for, each with {text_of(each)}; the Ray cluster has "
                 f"{most} {resource}{'s' * (most != 1)} on {nodes} node{'s' * (nodes != 1)}: give "
                 f"--workers {most}, or add nodes with `ray start`"
             )
@@ -104,7 +109,8 @@ def _free(each: dict[str, float]) -> dict[str, float]:
     return {resource: free.get(resource, 0.0) for resource in each}
 
 
-def _text(resources: dict[str, float]) -> str:
+def text_of(resources: dict[str, float]) -> str:
+    """Resources, for a message."""
     parts = [f"{count:g} {name}{'s' * (count != 1)}" for name, count in resources.items()]
     return " and ".join(parts)
 
@@ -120,16 +126,26 @@ def _where(actors: Sequence[Any]) -> list[Where]:
             "nodes with `ray status`"
         ) from None
     except RayError as error:
-        if "No module named" in str(error):
-            raise UsageError(
-                "a node of the Ray cluster cannot import wagontrain or what it needs: install on "
-                f"all nodes what is installed here ({one_line(error)})"
-            ) from error
-        raise WorkerError(f"a Ray actor could not start: {one_line(error)}") from error
+        raise startup_error(error) from error
     return found
 
 
-def _require_alike(found: Sequence[Where]) -> None:
+def startup_error(error: RayError) -> UsageError | WorkerError:
+    """What to raise where an actor did not start."""
+    if "No module named" in str(error):
+        return UsageError(
+            "a node of the Ray cluster cannot import wagontrain or what it needs: install on all "
+            f"nodes what is installed here ({one_line(error)})"
+        )
+    return WorkerError(f"a Ray actor could not start: {one_line(error)}")
+
+
+def require_alike(found: Sequence[Where]) -> None:
+    """Check that nodes have installed what this machine has.
+
+    Raises:
+        UsageError: one has another version.
+    """
     own = versions()
     for where in found:
         for name, version in where.versions.items():
@@ -158,7 +174,7 @@ def members(actors: Sequence[Any], found: Sequence[Where]) -> list[Member]:
     ]
 
 
-def _end(actors: Sequence[Any]) -> None:
+def end_all(actors: Sequence[Any]) -> None:
     """End the actors, and their workers before, however they are."""
     if actors:
         ends = [actor.end.remote() for actor in actors]

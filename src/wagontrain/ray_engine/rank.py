@@ -6,13 +6,14 @@ PyTorch's data loading forks, which a process with Ray's threads in it does not 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -22,6 +23,7 @@ from torch.distributed import TCPStore
 from wagontrain import launch
 from wagontrain.folder import RunFolder
 from wagontrain.launch import Failure
+from wagontrain.launch.network import free_port
 from wagontrain.launch.rendezvous import store_at
 from wagontrain.ray_engine.mirror import Original, Piece
 from wagontrain.ray_engine.scratch import Scratch, sweep
@@ -46,6 +48,7 @@ class Where:
         address: by which the other nodes reach it.
         gpus: the numbers or names of the GPUs that Ray gave the actor.
         versions: of what is installed there.
+        cores: of the node, as far as they are for it.
     """
 
     node: str
@@ -53,6 +56,7 @@ class Where:
     address: str
     gpus: list[str]
     versions: dict[str, str]
+    cores: int
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,38 @@ class News:
     failure: Failure | None = None
 
 
+@dataclass(frozen=True)
+class Post:
+    """What an actor's process is to do.
+
+    Args:
+        name: of its log.
+        variables: of its environment, beside the node's.
+        directory: the launching process's own, which the process takes if it is here too.
+        command: program and arguments, "FOLDER" for the job's folder; none for a worker's.
+        said: what it reads from its standard input.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    directory: str
+    command: tuple[str, ...] = ()
+    said: str = field(default="", repr=False)
+
+
+FOLDER = "FOLDER"
+"""In a command: the job's folder, whose place is known on the node only."""
+
+
 class Rank:
-    """The actor of one rank."""
+    """The actor of one rank, or of one server shard."""
 
     def __init__(self) -> None:
         self._store: TCPStore | None = None
         self._scratch: Scratch | None = None
         self._original: Original | None = None
         self._worker: subprocess.Popen[bytes] | None = None
+        self._post: Post | None = None
 
     def where(self) -> Where:
         """Where this is."""
@@ -88,6 +116,7 @@ class Rank:
             ray.util.get_node_ip_address(),
             [str(gpu) for gpu in ray.get_gpu_ids()],
             versions(),
+            launch.cores(),
         )
 
     def hold_store(self, address: str) -> int:
@@ -95,16 +124,16 @@ class Rank:
         self._store = store_at(address, 0, launch.WAIT, host=True)
         return self._store.port
 
-    def begin(
-        self, job: Mapping[str, bytes], rank: int, variables: Mapping[str, str], directory: str
-    ) -> None:
-        """Start the worker.
+    def port(self, address: str) -> int:
+        """A port of this node that nothing listens on now."""
+        return free_port(address)
+
+    def begin(self, job: Mapping[str, bytes], post: Post) -> int:
+        """Start the process; returns its number.
 
         Args:
             job: the job's files.
-            rank: the worker's rank.
-            variables: of its environment, beside the node's.
-            directory: the launching process's own, which the worker takes if it is here too.
+            post: what it is to do.
         """
         sweep()
         self._scratch = Scratch()
@@ -113,18 +142,30 @@ class Rank:
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-        run = RunFolder.create(folder / RUN, "ray")
-        self._original = Original(run.path)
-        settings = [f"{name}={value}" for name, value in variables.items()]
-        with (run.logs / f"rank{rank}.log").open("wb") as log:
+        self._original = Original(RunFolder.create(folder / RUN, "ray").path)
+        self._post = post
+        return self.again()
+
+    def again(self) -> int:
+        """Start the process once more, where it has ended; returns its number."""
+        assert self._scratch is not None
+        assert self._post is not None
+        folder, post = self._scratch.path, self._post
+        settings = [f"{name}={value}" for name, value in post.variables.items()]
+        command = [word.replace(FOLDER, str(folder)) for word in post.command]
+        with (RunFolder(folder / RUN).logs / f"{post.name}.log").open("ab") as log:
             self._worker = subprocess.Popen(
-                ["env", *settings, *launch.worker_command(folder)],
-                cwd=directory if Path(directory).is_dir() else folder,
-                stdin=subprocess.DEVNULL,
+                ["env", *settings, *(command or launch.worker_command(folder))],
+                cwd=post.directory if Path(post.directory).is_dir() else folder,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        assert self._worker.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._worker.stdin:
+            self._worker.stdin.write(post.said.encode())
+        return self._worker.pid
 
     def news(self, patience: float) -> News:
         """What has happened since the last call; waits up to so many seconds for something."""

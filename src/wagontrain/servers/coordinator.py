@@ -169,8 +169,11 @@ class Coordinator:
                 "install the same version on all hosts"
             )
         if message.role == "shard":
+            known = self.fleet.endpoints
             if self.fleet.hello(peer, message, time.monotonic()):
                 self._retake()
+            if self.fleet.endpoints != known:
+                self._send_round(message.index, message.host)
             return
         if message.fingerprint != self.terms.fingerprint:
             raise WorkerError(
@@ -195,6 +198,11 @@ class Coordinator:
             {"worker": member.number, "host": member.host, "process": member.process},
         )
         self._obey(self.decisions.joined(member.number))
+
+    def _send_round(self, shard: int, host: str) -> None:
+        """A shard is elsewhere now: whoever knew it where it was says hello again."""
+        for worker in list(self.members):
+            self.remove(worker, f"server shard {shard} is on {host} now, and it begins anew there")
 
     def _known(self, peer: bytes, worker: int) -> Member | None:
         member = self.members.get(worker)
@@ -246,10 +254,10 @@ class Coordinator:
         self._send(member.peer, Unknown())
         self._obey(self.decisions.left(worker))
 
-    def gone(self, process: int, why: str) -> None:
-        """A process of this host has ended: no need to wait for its silence."""
+    def gone(self, process: int, why: str, host: str) -> None:
+        """A process has ended: no need to wait for its silence."""
         for member in list(self.members.values()):
-            if member.process == process and member.host == self.terms.host:
+            if member.process == process and member.host == host:
                 self.remove(member.number, why)
 
     def _give_up_the_silent(self, now: float) -> None:

@@ -22,6 +22,7 @@ from wagontrain.servers.orders import (
     Commit,
     Fill,
     Forget,
+    Moved,
     Norm,
     PullState,
     Ready,
@@ -139,7 +140,11 @@ class Fleet:
             raise WorkerError(f"shard {message.index} is none of this job's {len(self.shards)}")
         shard = self.shards[message.index]
         same = shard.ready and shard.endpoint == message.endpoint
+        moved = shard.endpoint not in ("", message.endpoint)
         shard.peer, shard.endpoint, shard.seen = peer, message.endpoint, now
+        if moved and self._begun_all:
+            before = self.shards[message.index - 1]
+            self._send(before.peer, Moved(message.endpoint), ())
         if same and message.applied is not None:
             self._bring_up(shard, message.applied)
             return True

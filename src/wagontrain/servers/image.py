@@ -7,7 +7,6 @@ parts of a snapshot are put for a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Image:
         self,
         groups: Sequence[dict[str, Any]],
         settings: dict[str, Any],
-        files: Path | None,
+        files: str = "",
         most: int = 64,
     ) -> list[Job]:
         """What each shard is to hold.
@@ -69,17 +68,16 @@ class Image:
         Args:
             groups: settings of each group of parameters.
             settings: of the rule.
-            files: folder in which shards keep their state now and then; None for nowhere.
+            files: folder in which shards keep their state now and then, in a folder of the host
+                that each is on; "" for nowhere.
             most: pushes of one worker that may be put aside at a time.
         """
-        if files is not None:
-            files.mkdir(exist_ok=True)
         return [
             Job(
                 index, len(self.parts), tuple(parts), self.rule, settings,
                 type(self.optimizer).__name__, tuple(groups), self.tables.all, self._seed,
                 most=most,
-                file="" if files is None else str(files / f"shard-{index}.safetensors"),
+                file=f"{files}/shard-{index}.safetensors" if files else "",
             )
             for index, parts in enumerate(self.parts)
         ]  # fmt: skip

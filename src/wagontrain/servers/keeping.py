@@ -12,14 +12,14 @@ from wagontrain.servers.shard import Shard
 
 
 class Keeper:
-    """Writes a shard's state to its job's file every so many seconds.
+    """Writes a shard's state to its file every so many seconds.
 
     The state is copied between two commits; the copy is written in a thread.
     """
 
-    def __init__(self, shard: Shard) -> None:
+    def __init__(self, shard: Shard, file: Path) -> None:
         self.shard = shard
-        self.file = Path(shard.job.file)
+        self.file = file
         self.problem: str | None = None
         self._next = time.monotonic() + shard.job.every
         self._written = -1
@@ -44,6 +44,7 @@ class Keeper:
 
     def _write(self, copy: Contents) -> None:
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             write(copy, self.file)
         except OSError as error:
             self.problem = f"the state could not be written to {self.file}: {error}"

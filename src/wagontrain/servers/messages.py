@@ -7,7 +7,8 @@ does not fit a type is refused. Nothing received is ever executed or unpickled.
     coordinator -> worker   Description, Welcome, Lease, Unknown, Stop, Refusal
     worker -> shard         Push, Pull, PullRows
     shard -> worker         Staged, Values, Rows, Refusal
-    coordinator -> shard    Setup, Fill, Commit, Norm, Forget, Snapshot, Release, PullState, Stop
+    coordinator -> shard    Setup, Fill, Commit, Norm, Forget, Snapshot, Release, PullState, Moved,
+                            Stop
     shard -> coordinator    Hello, Ready, Applied, Squares, Fill, Beat, Refusal
     shard -> shard          Push, PullState, and their answers
 """
@@ -26,6 +27,7 @@ from wagontrain.servers.orders import (
     Commit,
     Fill,
     Forget,
+    Moved,
     Norm,
     PullState,
     Ready,
@@ -351,7 +353,7 @@ Message = (
     Hello | Welcome | Look | Description | Ask | Lease | Done | Spoiled | Measured | Beat | Bye
     | Unknown | Stop | Refusal | Push | Staged | Pull | Values | PullRows | Rows | Setup | Fill
     | Offer | Accepted | Ready | Commit | Applied | Norm | Squares | Forget | Snapshot | Release
-    | PullState
+    | PullState | Moved
 )  # fmt: skip
 
 # A validation loss may well be infinite, which is no reason to refuse what a worker measured.

@@ -26,6 +26,7 @@ class Mirror:
         self.shard = shard
         self._id_types = id_types
         self._connections = 0
+        self._anew = False
         self._waiting: dict[Name, list[bytes]] = {}
 
     def forward(self, name: Name, peer: bytes, gradient: Gradient) -> None:
@@ -43,6 +44,11 @@ class Mirror:
         }
         self.line.send(push, [*gradient.buffer.regions, *pairs(travelling)])
 
+    def move(self, line: Line) -> None:
+        """The mirror is at the other end of another line now."""
+        self.line.close()
+        self.line, self._connections, self._anew = line, 0, True
+
     def heard(self, held: Mapping[Name, Gradient]) -> list[tuple[bytes, Staged | Refusal]]:
         """What the mirror said since, as answers to those who wait.
 
@@ -53,7 +59,8 @@ class Mirror:
         """
         answers: list[tuple[bytes, Staged | Refusal]] = []
         connections = self.line.connections()
-        if connections > self._connections > 0:
+        if connections > self._connections > 0 or self._anew:
+            self._anew = False
             for name in list(self._waiting):
                 if name in held:
                     self._send(name, held[name])

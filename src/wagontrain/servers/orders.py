@@ -31,6 +31,18 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """The process that mirrors this shard was started on another host, and listens there now.
+
+    Args:
+        mirror: where.
+    """
+
+    mirror: str
+    kind: Literal["moved"] = "moved"
+
+
+@dataclass(frozen=True)
 class Fill:
     """The state of a shard as of a commit; frames: its values, then what `state` announces.
 

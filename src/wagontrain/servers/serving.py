@@ -30,6 +30,7 @@ from wagontrain.servers.orders import (
     Commit,
     Fill,
     Forget,
+    Moved,
     Norm,
     PullState,
     Ready,
@@ -68,6 +69,7 @@ class Server:
         listener: for workers.
         index: which shard is its own.
         patience: seconds that a question waits for its commit.
+        folder: from which the files of shards are named.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Server:
         listener: Listener,
         index: int,
         patience: float = PATIENCE,
+        folder: Path = Path(),
     ) -> None:
         self.network = network
         self.line = line
         self.listener = listener
         self.index = index
         self.patience = patience
+        self.folder = folder
         self.empty: dict[int, Shard] = {}  # what is still to be filled
         self.shards: dict[int, Shard] = {}
         self.answers = Answers(listener, self.shards, patience)
@@ -205,7 +209,7 @@ class Server:
             self.answers.mirror = None if line is None else Mirror(line, job.index, types)
         if message.source == "file":
             shard.forgiving = True
-            self._take_up(shard, read(Path(job.file), shard.values.now.regions))
+            self._take_up(shard, read(self.folder / job.file, shard.values.now.regions))
         elif message.source:
             line = self.network.connect(message.source)
             wanted = PullState(None, job.index, message.version)
@@ -229,7 +233,8 @@ class Server:
         del self.empty[index]
         self.shards[index] = shard
         if index == self.index:
-            self._keeper = Keeper(shard) if shard.job.file else None
+            file = self.folder / shard.job.file
+            self._keeper = Keeper(shard, file) if shard.job.file else None
         self.line.send(Ready(index, shard.version, index != self.index))
 
     def _go_on_filling(self) -> None:
@@ -275,6 +280,10 @@ class Server:
         value = self._own().norm(message.pushes, message.divide)
         self.line.send(Squares(self.index, message.number, value))
 
+    def _move(self, message: Moved) -> None:
+        if self.answers.mirror is not None:
+            self.answers.mirror.move(self.network.connect(message.mirror))
+
     def _forget(self, message: Forget) -> None:
         for shard in self.shards.values():
             shard.forget(message.worker, message.sequences)
@@ -290,6 +299,7 @@ class Server:
         Commit: _commit,
         Norm: _norm,
         Forget: _forget,
+        Moved: _move,
         Snapshot: _keep,
         Release: lambda self, message: self._own().release(message.number),
         PullState: lambda self, message: send_state(self.line, b"", self._own(), message),
@@ -297,7 +307,12 @@ class Server:
 
 
 def serve(
-    coordinator: str, index: int, secret: Secret, address: str = "127.0.0.1", port: int = 0
+    coordinator: str,
+    index: int,
+    secret: Secret,
+    address: str = "127.0.0.1",
+    port: int = 0,
+    folder: Path = Path(),
 ) -> None:
     """Be shard `index` until the coordinator says stop.
 
@@ -306,6 +321,7 @@ def serve(
         index: which shard this is.
         secret: of the job.
         address, port: to listen on for workers; port 0 takes a free one.
+        folder: from which the file that it keeps its state in is named.
 
     Raises:
         UsageError: it cannot listen there, or the coordinator does not know the secret.
@@ -313,19 +329,19 @@ def serve(
     """
     with Network(secret) as network:
         line, listener = network.connect(coordinator), network.listen(address, port)
-        Server(network, line, listener, index).run()
+        Server(network, line, listener, index, folder=folder).run()
 
 
 def main() -> None:
-    """`python -m wagontrain.servers.serving COORDINATOR INDEX ADDRESS PORT`.
+    """`python -m wagontrain.servers.serving COORDINATOR INDEX ADDRESS PORT FOLDER`.
 
     The job's secret is read from standard input, so that no list of processes shows it.
     """
-    coordinator, index, address, port = sys.argv[1:]
+    coordinator, index, address, port, folder = sys.argv[1:]
     torch.set_num_threads(1)
     secret = Secret(sys.stdin.readline().strip())
     try:
-        serve(coordinator, int(index), secret, address, int(port))
+        serve(coordinator, int(index), secret, address, int(port), Path(folder))
     except WagontrainError as error:
         print(error, file=sys.stderr)
         raise SystemExit(error.exit_status) from None

@@ -18,7 +18,6 @@ class Terms:
     """On what terms processes take part.
 
     Args:
-        host: this host's name.
         fingerprint: of the task.
         description: of the job, for those who want to join: plain data.
         workers: how many are planned.
@@ -26,7 +25,6 @@ class Terms:
         start: seconds to wait for shards and for a first worker.
     """
 
-    host: str
     fingerprint: str = ""
     description: dict[str, Any] = field(default_factory=dict)
     workers: int = 1

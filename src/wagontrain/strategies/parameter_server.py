@@ -183,7 +183,7 @@ class ParameterServer(Crewed):
                 reached = Reached(position, tuple((start, stop) for start, stop in gaps))
         rates = Rates(image.optimizer, image.scheduler, self._change(site.workers))
         decisions = Descent(site.course(task, first_step), self._gate(), reached)
-        files = None if self.replicas else site.folder.path.absolute() / "servers"
+        files = "" if self.replicas else "servers"
         jobs = image.jobs(rates.now(), {"strength": self.compensation}, files)
         clip = task.clip_grad_norm if self.together else None
         record = Record(task, self, image, site, decisions)

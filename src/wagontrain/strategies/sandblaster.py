@@ -125,7 +125,7 @@ class Sandblaster(Crewed):
             site.course(task, first_step), portions, rates, image.memory, self.duplicate
         )
         # One worker may come to have all portions; what does not count any more is let go of.
-        jobs = image.jobs(({},), {}, None, most=2 * portions + 64)
+        jobs = image.jobs(({},), {}, most=2 * portions + 64)
         record = Record(task, self, image, site, decisions)
         coordinator = Coordinator(
             site.listener,
