@@ -77,10 +77,8 @@ def main() -> None:
         harness.prepare()
         outcomes = harness.measure(asked)
         page = harness.report(outcomes, asked).splitlines()
-        text += page[page.index(next(line for line in page if line.startswith("## "))) :]
-        text[text.index(next(line for line in text if line.startswith(f"## {row.model},")))] = (
-            f"## {row.model}, links of {row.rate}"
-        )
+        first = next(number for number, line in enumerate(page) if line.startswith("## "))
+        text += [f"## {row.model}, links of {row.rate}", *page[first + 1 :]]
         for name, other, least in row.asked:
             mine, theirs = seconds(outcomes, name, asked), seconds(outcomes, other, asked)
             reached = "not measured" if not mine or not theirs else f"{theirs / mine:.2f}"
