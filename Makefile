@@ -32,7 +32,7 @@ check: $(READY)  ## lint, types, layers
 	$(BIN)/lint-imports --no-logo
 
 test-long: $(READY)  ## a hundred harms to workers and servers of one run, by chance
-	$(BIN)/python -m pytest -n 0 -m long
+	$(BIN)/python -m pytest -n 0 -m long -o faulthandler_timeout=2000
 
 format: $(READY)  ## format and sort imports
 	$(BIN)/ruff check --fix .

@@ -29,6 +29,7 @@ class Ranks:
         self.port = self.store.port
         self.watches: list[RankWatch] = []
         self.last_words: list[WagontrainError] = []
+        self.ended: list[int] = []  # would have ended the process, that is, the tests
 
     def connect(self) -> Store:
         return store_at("127.0.0.1", self.port, timedelta(seconds=2), host=False)
@@ -48,6 +49,8 @@ class Ranks:
             )
             for rank in range(count)
         ]
+        for watch in self.watches:
+            watch.end = self.ended.append
         return self.watches
 
     def close(self) -> None:
@@ -56,10 +59,12 @@ class Ranks:
 
 
 @pytest.fixture
-def ranks() -> Iterator[Ranks]:
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    monkeypatch.setattr("wagontrain.watch._GRACE_SECONDS", 60)  # no process ends here
     made = Ranks()
     yield made
     made.close()
+    assert not made.ended
 
 
 def failing(watch: Watch, error: BaseException, doing: str = "in step 7") -> BaseException:
@@ -147,15 +152,14 @@ def test_ctrl_c_is_told_to_the_others(ranks: Ranks) -> None:
 def test_a_training_that_does_not_end_is_ended(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statuses: list[int] = []
     monkeypatch.setattr("wagontrain.watch._GRACE_SECONDS", 0.5)
-    monkeypatch.setattr("os._exit", statuses.append)
     first, second = ranks.start(2)
     first.wait_for_all(10)
     second._stop_threads()
-    until(lambda: statuses)
-    assert statuses[0] == 1
-    assert "rank 1 on host tb1" in str(ranks.last_words[0])
+    until(lambda: ranks.ended)
+    assert ranks.ended == [1]
+    assert ["rank 1 on host tb1" in str(error) for error in ranks.last_words] == [True]
+    ranks.ended.clear()
 
 
 def test_a_store_that_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,6 +172,7 @@ def test_a_store_that_never_answers_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     said: list[WagontrainError] = []
     monkeypatch.setattr("wagontrain.watch._GRACE_SECONDS", 60)
     watch = RankWatch(1, 2, "tb1", lambda: Mute(), 1.0, last_resort=said.append)  # type: ignore[arg-type,return-value]
+    watch.end = said.append  # type: ignore[assignment]
     until(lambda: watch._concluded.is_set())
     assert "the master cannot be reached from rank 1 on host tb1 for" in str(failing(watch, PEER))
     watch._stop.set()

@@ -57,6 +57,8 @@ class Watch:
 
     stacks: Path | None = None
     interrupt: Callable[[], None] | None = None
+    end: Callable[[int], object] = staticmethod(os._exit)
+    """Ends the process, with a status, when training does not end by itself."""
 
     def at(self, doing: str, patient: bool = False) -> None:
         """Note what this rank is doing now: a phrase such as "in validation"."""
@@ -331,7 +333,8 @@ class RankWatch(Watch):
             if self._concluded.is_set():
                 if not self._taken.is_set() and now - self._ended_at > _GRACE_SECONDS:
                     self._last_resort(WorkerError(self._verdict))
-                    os._exit(WorkerError.exit_status)
+                    self.end(WorkerError.exit_status)
+                    return
                 continue
             silence = now - self._contact
             master = self._roll.pulse(0)
