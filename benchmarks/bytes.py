@@ -107,8 +107,8 @@ ROWS = [
         lambda model, _: BOTH * weight_bytes(model)),
     Row("wagontrain:sharded:stage=2", "speech", OF_ALL,
         lambda model, _: BOTH * weight_bytes(model)),
-    Row("wagontrain:sharded:stage=3", "speech", "3 (N-1)/N · P",
-        lambda model, _: 1.5 * BOTH * weight_bytes(model)),
+    Row("wagontrain:sharded:stage=3", "speech", "(N-1)/N · (3 P - P of the last layer)",
+        lambda model, _: BOTH / 2 * (3 * weight_bytes(model) - weight_bytes(model[-1]))),
     Row("wagontrain:split-weights", "speech", "2 (N-1)/N · B · (2 d + 2 d + 3) · s: two pairs of "
         "columns and rows, d = 2560; three numbers a sample for the split softmax", speech_sums),
     Row("wagontrain:hybrid", "alexnet", "2 (N-1)/N · (P of the convolutions + B · (d_in of fc6 / N "

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--strategy", default="data-parallel")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     asked = parser.parse_args()
+    launch.ask_for_large_pages()  # as the command line does; before there is any tensor
     settings = dict(pair.split("=", 1) for pair in asked.set)
     strategy = make_strategy(asked.strategy, settings)
     run = wt.connect(task(asked.model), strategy)

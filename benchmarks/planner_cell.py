@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=2, help="settings of each strategy")
     parser.add_argument("--layers", action="store_true", help="keep the profile, too")
     asked = parser.parse_args()
+    launch.ask_for_large_pages()  # as the command line does; before there is any tensor
     known = asked.model in PROBLEMS
     made = task(asked.model) if known else make_task(load_task(asked.model))
     context = launch.join(launch.place_from_environment(), launch.Terms(patience=120.0))

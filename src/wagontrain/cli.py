@@ -236,6 +236,7 @@ def version(
 
 def main() -> None:
     """Run the command line; errors become one line and an exit status."""
+    launch.ask_for_large_pages()
     try:
         app()
     except WagontrainError as error:

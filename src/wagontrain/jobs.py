@@ -91,6 +91,7 @@ def fit(
         UsageError: the request cannot be honoured; nothing was started.
         TrainingError: training began and could not go on.
     """
+    launch.ask_for_large_pages()
     chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
     found = read_plan(Path(plan), strategy) if plan is not None else None
     label = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else "run"
@@ -271,6 +272,7 @@ def connect(
     Raises:
         UsageError: the request cannot be honoured.
     """
+    launch.ask_for_large_pages()
     chosen = make_strategy(strategy) if isinstance(strategy, str) else strategy
     built = make_task(task)
     context = launch.join(launch.place_from_environment(), Terms(interface, patience))

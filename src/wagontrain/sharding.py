@@ -202,3 +202,6 @@ def fetch_ahead(units_in_order: list[Any]) -> None:
         unit.set_modules_to_forward_prefetch(units_in_order[number + 1 : number + 1 + _AHEAD])
         behind = units_in_order[max(0, number - _AHEAD) : number]
         unit.set_modules_to_backward_prefetch(behind[::-1])
+    if len(units_in_order) > 1:
+        # The backward pass begins with what the forward pass ended with.
+        units_in_order[-1].set_reshard_after_forward(False, recurse=False)

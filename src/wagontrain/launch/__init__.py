@@ -6,6 +6,7 @@ network     which of this host's addresses the others can reach
 meeting     the ranks meet, and part
 rendezvous  the store where they meet
 local       processes on this machine
+pages       memory for tensors in large pages
 failure     why workers ended, and which of it was the cause
 """
 
@@ -14,6 +15,7 @@ from wagontrain.launch.failure import Failure, cause, read_failures
 from wagontrain.launch.local import end, end_with, start_workers, work, worker_command
 from wagontrain.launch.meeting import WAIT, Terms, join, leave, meet
 from wagontrain.launch.network import named, reaching
+from wagontrain.launch.pages import ask_for_large_pages
 from wagontrain.launch.place import (
     SECRET,
     Place,
@@ -30,6 +32,7 @@ __all__ = [
     "Failure",
     "Place",
     "Terms",
+    "ask_for_large_pages",
     "cache_folder",
     "cause",
     "cores",

@@ -21,6 +21,7 @@ from typing import NoReturn
 from wagontrain.errors import WorkerError
 from wagontrain.launch.failure import Failure, cause, read_failures
 from wagontrain.launch.meeting import WAIT
+from wagontrain.launch.pages import ask_for_large_pages
 from wagontrain.launch.place import Place, place_from_environment
 from wagontrain.launch.rendezvous import LoopbackRendezvous, NoLogs
 
@@ -37,6 +38,7 @@ def work(folder: Path, parent: int, job: Callable[[Place | None], None]) -> int:
     The failure, if there is one, is left in `folder` for the launching process, which shows the
     one that caused the others.
     """
+    ask_for_large_pages()
     place = place_from_environment()
     end_with(parent, folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -62,9 +62,6 @@ def join(place: Place | None, terms: Terms | None = None) -> Context:
             cannot reach this host by the interface.
         WorkerError: not all ranks came in time.
     """
-    # A step frees its activations and asks for as many again. In pages of 4 kB that costs a
-    # fault for each, an eighth of the CPU time of AlexNet's step; torch can ask for pages of 2 MB.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if place is None or place.size == 1:
         return Context(World(device=device_for(Place()), threads=torch.get_num_threads()))
     terms = terms or Terms()

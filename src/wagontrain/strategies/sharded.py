@@ -7,8 +7,9 @@ Each worker takes its share of every batch, as in data-parallel, but holds only 
     stage 3    ... and of the weights within a step: each unit of layers is gathered when it is
                needed, forward and backward, and let go again
 
-Bytes sent per worker and step, P bytes of weights and N workers: stage 3 (N - 1) / N · 3 P,
-stages 2 and 1 (N - 1) / N · 2 P: gradients to where they are needed, and the updated weights.
+Bytes sent per worker and step, P bytes of weights and N workers: stage 3 (N - 1) / N · (3 P - L),
+with L bytes of the last unit, which stays gathered: the backward pass begins with it. Stages 2 and
+1 (N - 1) / N · 2 P: gradients to where they are needed, and the updated weights.
 
 Source: Rajbhandari et al. 2020, "ZeRO", sections 5 and 7; Zhao et al. 2023, "PyTorch FSDP".
 """
@@ -105,7 +106,7 @@ class Sharded(Strategy):
                 for layers, way in zip(reversed(found), ways, strict=True):
                     way(layers)
             else:
-                _gathered(step, found[::-1], _backward_of(step, last))
+                _gathered(step, found[::-1], _backward_of(step, last), here=1)
         step.update_rest(costs.profile.nbytes / costs.size)
         return step.graph
 
@@ -159,14 +160,21 @@ def units_of(layers: Sequence[Layer], least: int) -> list[list[Layer]]:
 
 
 def _gathered(
-    step: Step, found: Sequence[list[Layer]], compute: Callable[[Sequence[Layer]], None]
+    step: Step,
+    found: Sequence[list[Layer]],
+    compute: Callable[[Sequence[Layer]], None],
+    here: int = 0,
 ) -> None:
-    """Compute units one behind the other, each when it has come; two are on their way."""
+    """Compute units one behind the other, each when it has come; two are on their way.
+
+    The first `here` of them, where there are more, need not come.
+    """
+    here = here if len(found) > 1 else 0
     coming: list[int | None] = []
 
     def start(number: int) -> None:
         if number < len(found):
-            nbytes = sum(layer.nbytes for layer in found[number])
+            nbytes = sum(layer.nbytes for layer in found[number]) if number >= here else 0
             coming.append(step.start("gather weights", "exchange", nbytes) if nbytes else None)
 
     for number in range(_AHEAD_AT_FIRST):
