@@ -2,12 +2,15 @@
 
     python benchmarks/split.py [--rounds 3] [--only speech gpt]
 
-Each row is a run of the harness: contenders in turns on 4 hosts of 0.45 core.
+Each row is a run of the harness: contenders in turns on 4 hosts of 0.45 core. Its part of the page
+is written when it is over.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import statistics
 import time
 from dataclasses import dataclass
@@ -25,6 +28,11 @@ class Row:
     contenders: tuple[str, ...]
     asked: tuple[tuple[str, str, float], ...]
     timeout: float = 200.0
+
+    @property
+    def title(self) -> str:
+        """Of its part of the page."""
+        return f"{self.model}, links of {self.rate}: {', '.join(self.contenders)}"
 
 
 SPLIT, HYBRID = "wagontrain:split-weights", "wagontrain:hybrid"
@@ -59,41 +67,52 @@ def seconds(outcomes: list[harness.Outcome], name: str, asked: argparse.Namespac
     return statistics.median(outcome.seconds) if outcome.rounds else None
 
 
+def measure(row: Row, rounds: int) -> list[str]:
+    """Run one row; returns its part of the page."""
+    asked = harness.options().parse_args(
+        ["--models", row.model, "--contenders", *row.contenders, "--rate", row.rate,
+         "--rounds", str(rounds), "--steps", "3", "--warmup", "1",
+         "--timeout", str(row.timeout), "--name", "split"]
+    )  # fmt: skip
+    asked.baseline = row.contenders[0]
+    harness.prepare()
+    outcomes = harness.measure(asked)
+    page = harness.report(outcomes, asked).splitlines()
+    first = next(number for number, line in enumerate(page) if line.startswith("## "))
+    where = harness.origin()
+    text = [
+        f"## {row.title}", "",
+        f"{rounds} rounds; {where['machine']}; Python {where['python']}, torch {where['torch']}; "
+        f"commit {where['commit']}.",
+        *page[first + 1 :],
+    ]  # fmt: skip
+    for name, other, least in row.asked:
+        mine, theirs = seconds(outcomes, name, asked), seconds(outcomes, other, asked)
+        reached = "not measured" if not mine or not theirs else f"{theirs / mine:.2f}"
+        text.append(f"- {other} / {name}: **{reached}** (asked: {least:.2f})")
+    return [*text, ""]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", help="models")
+    parser.add_argument("--only", nargs="*", help="models; other rows stay as they were today")
     given = parser.parse_args()
-    text: list[str] = []
-    for row in ROWS:
-        if given.only and row.model not in given.only:
-            continue
-        asked = harness.options().parse_args(
-            ["--models", row.model, "--contenders", *row.contenders, "--rate", row.rate,
-             "--rounds", str(given.rounds), "--steps", "3", "--warmup", "1",
-             "--timeout", str(row.timeout), "--name", "split"]
-        )  # fmt: skip
-        asked.baseline = row.contenders[0]
-        harness.prepare()
-        outcomes = harness.measure(asked)
-        page = harness.report(outcomes, asked).splitlines()
-        first = next(number for number, line in enumerate(page) if line.startswith("## "))
-        text += [f"## {row.model}, links of {row.rate}", *page[first + 1 :]]
-        for name, other, least in row.asked:
-            mine, theirs = seconds(outcomes, name, asked), seconds(outcomes, other, asked)
-            reached = "not measured" if not mine or not theirs else f"{theirs / mine:.2f}"
-            text.append(f"- {other} / {name}: **{reached}** (asked: {least:.2f})")
-        text.append("")
-    where = harness.origin()
+    file = Path(harness.RESULTS) / f"{time.strftime('%Y-%m-%d')}-split.md"
+    sections = file.read_text().split("\n## ")[1:] if file.exists() else []
+    pages = {text.partition("\n")[0]: ["## " + text] for text in sections}
     head = [
         f"# Split weights, hybrid, sharded, pipeline, {time.strftime('%Y-%m-%d')}", "",
-        f"4 hosts of a test bed on one machine, 0.45 core each. {where['machine']}; Python "
-        f"{where['python']}, torch {where['torch']}; commit {where['commit']}. Medians over "
-        f"{given.rounds} rounds, contenders in turns; ratios of medians, above 1 is faster.", "",
+        "4 hosts of a test bed on one machine, 0.45 core each. Medians over rounds, contenders in "
+        "turns; ratios of medians, above 1 is faster.", "",
     ]  # fmt: skip
-    file = Path(harness.RESULTS) / f"{time.strftime('%Y-%m-%d')}-split.md"
-    file.write_text("\n".join([*head, *text]) + "\n")
-    print("\n".join([*head, *text]))
+    for row in ROWS:
+        if not given.only or row.model in given.only:
+            pages[row.title] = measure(row, given.rounds)
+            rows = [pages[each.title] for each in ROWS if each.title in pages]
+            text = "\n".join([*head, *itertools.chain.from_iterable(rows)])
+            file.write_text(re.sub("\n{3,}", "\n\n", text).rstrip() + "\n")
+    print(file.read_text())
 
 
 if __name__ == "__main__":
