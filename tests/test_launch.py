@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import wagontrain as wt
 from wagontrain import launch
 from wagontrain.launch import Failure, Place, cause, place_from_environment, start_workers
+from wagontrain.launch.ending import await_gloo
 from wagontrain.launch.place import threads_per_worker
 from wagontrain.launch.rendezvous import LoopbackRendezvous
 
@@ -185,3 +187,32 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv(name, value)
         with pytest.raises(wt.UsageError, match=f"port {port} is in use"):
             launch.join(place_from_environment(os.environ))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are files on Linux only")
+def test_the_end_waits_for_threads_of_gloo(tmp_path: Path) -> None:
+    def task(number: int, name: str, state: str) -> None:
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+        (tmp_path / str(number) / "comm").write_text(f"{name}\n")
+        (tmp_path / str(number) / "stat").write_text(f"{number} ({name}) {state} 1 1")
+
+    task(1, "python", "R")
+    task(2, "pt_gloo_runloop", "S")
+    assert await_gloo(tmp_path, 2.0)
+    task(2, "pt_gloo_runloop", "R")
+    assert not await_gloo(tmp_path, 0.1)
+    threading.Timer(0.2, task, (2, "pt_gloo_runloop", "S")).start()
+    began = time.monotonic()
+    assert await_gloo(tmp_path, 10.0)
+    assert 0.1 < time.monotonic() - began < 5
+
+
+def test_large_pages_are_asked_for_unless_somebody_has_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    launch.ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    launch.ask_for_large_pages()
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"

@@ -4,6 +4,7 @@ cores       how many CPU cores there are for it
 place       where am I? torchrun's variables, Slurm's, or what a launcher says
 network     which of this host's addresses the others can reach
 meeting     the ranks meet, and part
+ending      ... and their processes end
 rendezvous  the store where they meet
 local       processes on this machine
 pages       memory for tensors in large pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import math
 import os
@@ -18,6 +19,7 @@ from torch.distributed import Store
 
 from wagontrain.errors import UsageError, WagontrainError, WorkerError
 from wagontrain.launch import network
+from wagontrain.launch.ending import await_gloo
 from wagontrain.launch.network import Interface
 from wagontrain.launch.place import Place, device_for, threads_per_worker
 from wagontrain.launch.rendezvous import store_at
@@ -143,6 +145,8 @@ def meet(store: Store, place: Place, device: torch.device, watch: Watch | None =
         timeout=WAIT,
     )
     side = dist.new_group(timeout=WAIT)
+    atexit.unregister(await_gloo)
+    atexit.register(await_gloo)
     world = World(
         place.rank, place.size, place.local_rank, place.local_size, device, torch.get_num_threads()
     )
