@@ -55,8 +55,10 @@ class Operation(NamedTuple):
 
 @dataclass
 class Graph:
-    """The operations of one step, each after those that it waits for."""
+    """The operations of one step, or of several, each after those that it waits for."""
 
+    steps: float = 1.0
+    """Steps that it tells: where they differ, as between two averages, one would not do."""
     operations: list[Operation] = field(default_factory=list, init=False)
     _sent: dict[int, float] = field(default_factory=dict, init=False, repr=False)
     _held: dict[Any, tuple[Resource, ...]] = field(default_factory=dict, init=False, repr=False)
@@ -101,6 +103,24 @@ class Graph:
     def serve(self, label: str, seconds: float, server: int, after: Iterable[int] = ()) -> int:
         """Add work of a server; returns its number."""
         return self._add(Operation(label, seconds, (Resource("server", server),), tuple(after)))
+
+    def carry(
+        self, label: str, seconds: float, over: tuple[Resource, ...], after: Iterable[int],
+        source: int | None = None, sent: float = 0.0,
+    ) -> int:  # fmt: skip
+        """Add bytes over any resources; returns its number.
+
+        Args:
+            label: what it is.
+            seconds: what it takes undisturbed.
+            over: held meanwhile.
+            after: what it waits for.
+            source: the rank that sends them; None where no worker does.
+            sent: bytes.
+        """
+        if source is not None:
+            self._sent[source] = self._sent.get(source, 0.0) + sent
+        return self._add(Operation(label, seconds, over, tuple(after), sent))
 
     def _add(self, operation: Operation) -> int:
         number = len(self.operations)

@@ -42,6 +42,11 @@ class Weighed:
         """Of a step; infinite where it cannot be run."""
         return self.estimate.seconds if self.estimate and self.estimate.fits else math.inf
 
+    @property
+    def to_loss(self) -> float:
+        """Seconds to the loss that a step of exact training comes to, at worst."""
+        return self.seconds * self.estimate.most_steps if self.estimate else math.inf
+
 
 def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     """What a step of a strategy takes, for a task on a cluster.
@@ -51,32 +56,39 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     """
     graph = strategy.step_graph(costs)
     timeline = simulate(graph, costs.interference)
-    told = sorted({each.rank for one in graph.operations for each in one.resources})
-    told = [rank for rank in told if rank >= 0] or [0]
+    held = {each for one in graph.operations for each in one.resources}
+    told = sorted({each.rank for each in held if each.part != "server"}) or [0]
     # The worker that computes longest is the one that the step waits for.
     shares = max((timeline.shares(rank) for rank in told), key=lambda each: each.compute)
     tight: tuple[float, dict[str, float], float] | None = None
     for rank in dict.fromkeys([*costs.leaders, *told]):
         items = strategy.memory(costs, rank)
-        if (trying := costs.trying(rank) - sum(items.values())) > 0:
+        trying = 0.0 if strategy.crewed else costs.trying(rank) - sum(items.values())
+        if trying > 0:
             items = {**items, "trying the model": trying}
         room = costs.cluster.room(rank)
         spare = room - sum(items.values())
         if tight is None or spare < tight[0]:
             tight = (spare, items, room)
     assert tight is not None
+    needed = strategy.steps_needed(costs)
     return Estimate(
-        seconds=timeline.seconds,
-        compute=shares.compute,
-        exposed=shares.exposed,
-        waiting=shares.waiting,
+        seconds=timeline.seconds / graph.steps,
+        compute=shares.compute / graph.steps,
+        exposed=shares.exposed / graph.steps,
+        waiting=shares.waiting / graph.steps,
         memory=tight[1],
-        sent=max(graph.sent_by(rank) for rank in told),
+        sent=max(graph.sent_by(rank) for rank in told) / graph.steps,
         room=tight[2],
+        least_steps=needed.least,
+        most_steps=needed.most,
+        statistics=needed.why,
     )
 
 
-def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None) -> list[Weighed]:
+def weigh(
+    kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None, relaxed: bool = False
+) -> list[Weighed]:
     """Every candidate that is the same mathematics as one process, the best first.
 
     Those that cannot be are at the end.
@@ -85,6 +97,7 @@ def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = Non
         kinds: the strategies.
         costs: of the task on the cluster.
         task: asked whether it can be trained so, where given.
+        relaxed: whether others are weighed as well, by what they take to a loss at worst.
 
     Raises:
         UsageError: the cluster lacks a measurement.
@@ -94,10 +107,10 @@ def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = Non
         for kind in kinds:
             different: list[Strategy] = []
             for strategy in kind.candidates(costs):
-                if strategy.exact and strategy not in different:
+                if (strategy.exact or relaxed) and strategy not in different:
                     different.append(strategy)
                     found.append(_weighed(strategy, costs, task))
-    return sorted(found, key=lambda each: each.seconds)
+    return sorted(found, key=lambda each: each.to_loss)
 
 
 def _weighed(strategy: Strategy, costs: Costs, task: Task | None) -> Weighed:
@@ -166,7 +179,17 @@ def _why(each: Weighed, winner: Weighed) -> str:
             f"{size(found.memory[largest])}), a worker may take {size(found.room)}"
         )
     assert best is not None
-    times = f"{found.seconds / best.seconds:.2g}× as long"
+    if each.strategy.crewed and each.to_loss < winner.to_loss:
+        return (
+            f"quicker as foretold ({short_time(found.seconds)} a step), but its workers are no "
+            "group of ranks, so that auto cannot try it: name it to train so"
+        )
+    times = f"{each.to_loss / winner.to_loss:.2g}× as long"
+    if found.most_steps > max(1.0, found.seconds / best.seconds):
+        return (
+            f"{times} to the same loss, if it takes {found.most_steps:.2g}× the steps "
+            f"({found.statistics})"
+        )
     more = {
         "compute": found.compute - best.compute,
         "exposed": found.exposed - best.exposed,
@@ -213,13 +236,16 @@ def _ahead(each: Weighed, winner: Weighed, costs: Costs | None) -> bool | None:
     if costs is None:
         return None
     try:
-        one, other = (
-            simulate(strategy.step_graph(costs), costs.interference).seconds
-            for strategy in (each.strategy, winner.strategy)
-        )
+        one, other = (_to_loss(strategy, costs) for strategy in (each.strategy, winner.strategy))
     except UsageError:
         return None
     return one < other
+
+
+def _to_loss(strategy: Strategy, costs: Costs) -> float:
+    graph = strategy.step_graph(costs)
+    seconds = simulate(graph, costs.interference).seconds / graph.steps
+    return seconds * strategy.steps_needed(costs).most
 
 
 def _bisect(ahead: Callable[[float], bool | None]) -> float | None:
