@@ -24,6 +24,9 @@ Allow = Annotated[
     str | None,
     typer.Option(help="'relaxed' also weighs what is not the same mathematics as one process."),
 ]
+Patience = Annotated[
+    float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
+]
 Interface = Annotated[
     str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
 ]
@@ -55,6 +58,7 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, too.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every setting.")] = False,
     interface: Interface = None,
+    patience: Patience = 30.0,
 ) -> None:
     """Say which strategy is best for the task in FILE, and why; train nothing."""
     overrides = {} if batch_size is None else {"batch_size": batch_size}
@@ -72,7 +76,7 @@ def plan(
     else:
         made = planning.plan(
             source, workers=workers, trial=trial, relaxed=relaxed, overrides=overrides,
-            task_file=file, terms=Terms(interface),
+            task_file=file, terms=Terms(interface, patience),
         )  # fmt: skip
         if made is None:  # another rank says it
             return
@@ -93,9 +97,11 @@ def probe(
     ] = None,
     name: Annotated[str, typer.Option(help="Of the cluster, for people.")] = "probed",
     interface: Interface = None,
+    patience: Patience = 30.0,
 ) -> None:
     """Measure the workers and what links them: a file that can be read, edited and planned for."""
-    found = planning.measure_cluster(workers=workers, name=name, terms=Terms(interface))
+    terms = Terms(interface, patience)
+    found = planning.measure_cluster(workers=workers, name=name, terms=terms)
     if found is None:  # another rank says it
         return
     text = clusters.dump(found)

@@ -87,7 +87,7 @@ def measure_cluster(
     """Measure the workers here, and what links them; None on ranks that are not the first."""
     text = _together(
         "probe", _no_task, workers, {"name": name}, None, None, terms,
-        lambda context: clusters.dump(probe(context, name)),
+        lambda context: _probe(context, name),
     )  # fmt: skip
     return None if text is None else clusters.parse(text, "the probe's result")
 
@@ -130,7 +130,7 @@ def plan_job(job: Job, folder: Path, place: Place | None) -> None:
 
 def probe_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "probe"."""
-    _work(job, folder, place, lambda context: clusters.dump(probe(context, job.options["name"])))
+    _work(job, folder, place, lambda context: _probe(context, job.options["name"]))
 
 
 def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], str]) -> None:
@@ -145,6 +145,11 @@ def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], s
         assert job.run_dir is not None
         (folder / job.run_dir / _RESULT).write_text(text)
     launch.leave(context)
+
+
+def _probe(context: Context, name: str) -> str:
+    with context.watch.doing("measuring the cluster", patient=True):  # names who drops out
+        return clusters.dump(probe(context, name))
 
 
 def _plan(task: Task, context: Context, options: Mapping[str, Any]) -> str:

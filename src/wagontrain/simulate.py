@@ -142,15 +142,19 @@ _BOTH: tuple[Part, Part] = ("out", "in")
 
 @dataclass(frozen=True)
 class Interference:
-    """What computing and exchanging on the same rank at the same time costs either.
+    """What computing and exchanging on the same rank at the same time costs either, and what other
+    ranks' computing costs.
 
     Args:
         compute: how many times as long computing takes meanwhile.
         exchange: and the exchange.
+        crowded: how many times as long computing takes while all ranks are at it, as while no
+            other is: they may share cores. What operations take is told for all.
     """
 
     compute: float = 1.0
     exchange: float = 1.0
+    crowded: float = 1.0
 
 
 _NONE = Interference()
@@ -226,7 +230,9 @@ def simulate(graph: Graph, interference: Mapping[int, Interference] | None = Non
     """Time a step.
 
     Every resource works on one operation at a time, on those that are ready in the order in which
-    the graph has them. While a rank both computes and exchanges, each is slowed.
+    the graph has them. While a rank both computes and exchanges, each is slowed. While only some
+    of the graph's devices work, those of ranks that are crowded are quicker, in proportion to how
+    many do not.
 
     Args:
         graph: the step.
@@ -373,6 +379,11 @@ class _Paces:
             self.disturbed[held] = [
                 (of.known[each], factor) for each, factor in found.items() if each in of.known
             ]
+        self.devices = {of.known[each]: interference[each.rank].crowded
+                        for each in of.known if each.part == "device"}  # fmt: skip
+        if len(self.devices) == 1 or max(self.devices.values(), default=1.0) == 1.0:
+            self.devices = {}  # one stands for all, or nobody minds the others
+        self.working = 0
 
     def is_over(self, number: int, now: float) -> bool:
         """Whether an operation ends now; its pace may have changed since that was foreseen."""
@@ -387,6 +398,8 @@ class _Paces:
         """The new ends of all whose pace changes as some end and others begin."""
         disturbed, held, busy, slow = self.disturbed, self.held, self.busy, self.slowed
         affected = list(begun)
+        if self.devices:
+            affected += self._crowd()
         for numbers in (ended, begun):
             for number in numbers:
                 for resource, _ in disturbed[held[number]]:
@@ -398,6 +411,8 @@ class _Paces:
             for resource, factor in disturbed[held[number]]:
                 if factor > slowed and busy[resource] >= 0:
                     slowed = factor
+            if self.devices:
+                slowed *= self._alone(held[number])
             if slowed != before:
                 if before:
                     done = (now - self.since[number]) / before
@@ -406,3 +421,19 @@ class _Paces:
                 self.ends[number] = end = now + self.left[number] * slowed
                 found.append((end, number))
         return found
+
+    def _crowd(self) -> list[int]:
+        """Operations of devices, where more or fewer work than before: their pace changes."""
+        numbers = [self.busy[each] for each in self.devices if self.busy[each] >= 0]
+        if len(numbers) == self.working:
+            return []
+        self.working = len(numbers)
+        return numbers
+
+    def _alone(self, held: tuple[int, ...]) -> float:
+        """How many times as long as while all devices work: 1 / crowded while only one does."""
+        crowded = max((self.devices.get(each, 1.0) for each in held), default=1.0)
+        if crowded == 1.0:
+            return 1.0
+        idle = (len(self.devices) - self.working) / (len(self.devices) - 1)
+        return 1.0 - idle * (1.0 - 1.0 / crowded)

@@ -100,7 +100,7 @@ def choose(
     costs = Costs(profile, cluster)
     weighed = search.weigh(kinds, costs, task, wish.relaxed)
     if not weighed or not weighed[0].fits:
-        raise UsageError(search.lacking(weighed))
+        raise UsageError(search.lacking(weighed, costs))
     _require_the_same(weighed, context)
     clock.lap("search")
     measured: dict[int, float] = {}
@@ -365,5 +365,5 @@ def choose_offline(
     costs = Costs(profile, cluster)
     weighed = search.weigh(kinds, costs, task, relaxed)
     if not weighed or not weighed[0].fits:
-        raise UsageError(search.lacking(weighed))
+        raise UsageError(search.lacking(weighed, costs))
     return conclude(weighed, weighed[0], costs, kinds, {}, profile.model)

@@ -18,6 +18,8 @@ from wagontrain.task import Task
 from wagontrain.units import short_time, size
 
 _WIDEST = 1024.0
+_BY_SAMPLES = ("activations", "backward", "batch", "at borders", "rows")
+"""What is held of memory for each sample that is under way."""
 _TIMED = 400_000
 """Operations that are simulated to find out at which point the choice would flip."""
 _QUESTIONS = 30
@@ -60,30 +62,40 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     told = sorted({each.rank for each in held if each.part != "server"}) or [0]
     # The worker that computes longest is the one that the step waits for.
     shares = max((timeline.shares(rank) for rank in told), key=lambda each: each.compute)
-    tight: tuple[float, dict[str, float], float] | None = None
-    for rank in dict.fromkeys([*costs.leaders, *told]):
-        items = strategy.memory(costs, rank)
-        trying = 0.0 if strategy.crewed else costs.trying(rank) - sum(items.values())
-        if trying > 0:
-            items = {**items, "trying the model": trying}
-        room = costs.cluster.room(rank)
-        spare = room - sum(items.values())
-        if tight is None or spare < tight[0]:
-            tight = (spare, items, room)
-    assert tight is not None
+    items, room = _tightest(strategy, costs, told)
     needed = strategy.steps_needed(costs)
     return Estimate(
         seconds=timeline.seconds / graph.steps,
         compute=shares.compute / graph.steps,
         exposed=shares.exposed / graph.steps,
         waiting=shares.waiting / graph.steps,
-        memory=tight[1],
+        memory=items,
         sent=max(graph.sent_by(rank) for rank in told) / graph.steps,
-        room=tight[2],
+        room=room,
         least_steps=needed.least,
         most_steps=needed.most,
         statistics=needed.why,
     )
+
+
+def _tightest(
+    strategy: Strategy, costs: Costs, told: Iterable[int]
+) -> tuple[dict[str, float], float]:
+    """Bytes by what they are for, and bytes that may be taken, of the worker with least to spare.
+
+    Args:
+        strategy: that takes them.
+        costs: of the task on the cluster.
+        told: workers that its graph tells.
+    """
+    found = []
+    for rank in dict.fromkeys([*costs.leaders, *told]):
+        items = strategy.memory(costs, rank)
+        trying = 0.0 if strategy.crewed else costs.trying(rank) - sum(items.values())
+        if trying > 0:
+            items = {**items, "trying the model": trying}
+        found.append((items, costs.cluster.room(rank)))
+    return min(found, key=lambda each: each[1] - sum(each[0].values()))
 
 
 def weigh(
@@ -122,7 +134,7 @@ def _weighed(strategy: Strategy, costs: Costs, task: Task | None) -> Weighed:
     return Weighed(strategy, estimate(strategy, costs))
 
 
-def lacking(weighed: Sequence[Weighed]) -> str:
+def lacking(weighed: Sequence[Weighed], costs: Costs) -> str:
     """What is closest to being possible, where nothing is, and what it lacks."""
     near = [each for each in weighed if each.estimate is not None]
     if not near:
@@ -133,8 +145,29 @@ def lacking(weighed: Sequence[Weighed]) -> str:
     return (
         f"nothing fits: closest is {told(least.strategy)}, which needs "
         f"{size(least.estimate.peak)} per worker where {size(least.estimate.room)} may be "
-        "taken; give more workers or memory, or a smaller batch_size"
+        f"taken{_remedy(least, costs)}; give more workers or memory, or a smaller batch_size"
     )
+
+
+def _remedy(each: Weighed, costs: Costs) -> str:
+    """Whether fewer samples at a time would make it fit: smaller micro-batches do for activations
+    what recomputing them does, which no strategy here can."""
+    found = each.estimate
+    assert found is not None
+    over = found.peak - found.room
+    grows = sum(found.memory.get(item, 0.0) for item in _BY_SAMPLES)
+    if grows <= over:
+        return f" ({size(over - grows)} too much even if no activations were kept)"
+    graph = each.strategy.step_graph(costs)
+    held = {one for operation in graph.operations for one in operation.resources}
+    told = sorted({one.rank for one in held if one.part != "server"})
+    parts = costs.profile.accumulate
+    while (parts := 2 * parts) <= costs.profile.batch_size // costs.size:
+        smaller = replace(costs, profile=replace(costs.profile, accumulate=parts))
+        items, room = _tightest(each.strategy, smaller, told)
+        if sum(items.values()) <= room:
+            return f" (Task.accumulate={parts} would make it fit)"
+    return ""
 
 
 # --- why ----------------------------------------------------------------------------------------
@@ -149,9 +182,13 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
     """
     made = []
     asked: set[str] = set()
+    small: set[str] = set()
     left = _TIMED
     for each in weighed:
-        flip = ""
+        flip = more = ""
+        if each.estimate is not None and not each.fits and each.strategy.name not in small:
+            small.add(each.strategy.name)
+            more = _remedy(each, costs)
         if each.fits and each.strategy.name not in asked and each is not winner:
             asked.add(each.strategy.name)
             size = sum(len(one.strategy.step_graph(costs).operations) for one in (each, winner))
@@ -160,7 +197,7 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
         made.append(
             Candidate(
                 each.strategy.name, each.strategy.settings, told(each.strategy),
-                each.strategy.exact, each.estimate, why=_why(each, winner), flip=flip,
+                each.strategy.exact, each.estimate, why=_why(each, winner) + more, flip=flip,
             )
         )  # fmt: skip
     return made
@@ -279,8 +316,9 @@ def link_rate(cluster: Cluster) -> float:
 
 def alone(kinds: Iterable[type[Strategy]], costs: Costs) -> float:
     """Seconds of a step on the quickest worker alone; infinite where it does not fit there."""
-    host = max(costs.cluster.hosts, key=lambda each: each.speed)
-    single = Cluster(costs.cluster.name, (replace(host, count=1, workers=1),))
+    host = max(costs.cluster.hosts, key=lambda each: each.speed * each.interference.crowded)
+    free = host.speed * host.interference.crowded
+    single = Cluster(costs.cluster.name, (replace(host, count=1, workers=1, speed=free),))
     one = replace(costs, cluster=single)
     return min((each.seconds for each in weigh(kinds, one)), default=math.inf)
 

@@ -126,7 +126,7 @@ class Serving:
     def _seconds(self, nbytes: float, rank: int) -> float:
         """Of bytes from or to all shards."""
         costs = self.costs
-        if costs.cluster.node_of(rank) != costs.cluster.node_of(0):
+        if not self._near(rank):
             return costs.exchange("send", nbytes, (0, rank))
         host = costs.cluster.host_of(0)
         if host.workers == 1:  # it stays within the host, whose memory is quicker than any link
@@ -141,7 +141,7 @@ class Serving:
         own, its = Resource("out" if push else "in", rank), "in" if push else "out"
         source = rank if push else None
         seconds = self._seconds(nbytes, rank)
-        if self.costs.cluster.node_of(rank) != self.costs.cluster.node_of(0):
+        if not self._near(rank):
             over = (own, Resource("in" if its == "in" else "out", 0))
             return [graph.carry(label, seconds, over, after, source, nbytes)]
         return [
@@ -173,28 +173,38 @@ class Serving:
         return self._one() if self.together else self._many()
 
     def _one(self) -> Graph:
-        """All fetch, compute their share and push; the shards add up and update."""
+        """All fetch, compute their share and push; the shards add up and update.
+
+        Fetches begin together and share the servers' link, so that they end together. Whom the
+        step does not wait for fetches as well, and is not heard of again.
+        """
         graph = Graph()
-        pushed: list[tuple[float, list[int]]] = []
-        for rank in self.workers:
-            asked = graph.serve("ask", self.latency, self.servers + 1 + rank)
-            have = self._move(graph, "fetch", self.dense + self.rows, rank, [asked])
-            seconds = self.computing(rank)
-            done = graph.compute("gradient", seconds, rank, have)
-            arrived = self._move(graph, "push", self.dense + self.rows, rank, [done])
-            if rank >= self.costs.size - self.backup and self._even:
-                continue  # all are as quick: who is late is chance
-            pushed.append((seconds, self._apply(graph, "add", self._adding, arrived)))
-        pushed.sort(key=lambda each: each[0])
-        wanted = pushed[: self.costs.size - self.backup]
-        after = [number for _, numbers in wanted for number in numbers]
+        size = self.dense + self.rows
+        far = [rank for rank in self.workers if not self._near(rank)]
+        begun = graph.serve("ask", self.latency, self.servers + 1)
+        have = {
+            rank: self._move(graph, "fetch", size, rank, [begun])
+            for rank in self.workers
+            if self._near(rank)
+        }
+        if far:
+            seconds = sum(self._seconds(size, rank) for rank in far)
+            over = (Resource("out", 0), *(Resource("in", rank) for rank in far))
+            fetched = [graph.carry("fetch", seconds, over, [begun])]
+            have |= {rank: fetched for rank in far}
+        prompt = sorted(self.workers, key=self.computing)[: self.costs.size - self.backup]
+        after: list[int] = []
+        for rank in prompt:
+            done = graph.compute("gradient", self.computing(rank), rank, have[rank])
+            arrived = self._move(graph, "push", size, rank, [done])
+            after += self._apply(graph, "add", self._adding, arrived)
         told = graph.serve("commit", self.latency, self.servers, after)
         self._apply(graph, "update", self._updating, [told])
         return graph
 
-    @cached_property
-    def _even(self) -> bool:
-        return len(self.costs.leaders) == 1
+    def _near(self, rank: int) -> bool:
+        """Whether a worker is on the host of the shards."""
+        return self.costs.cluster.node_of(rank) == self.costs.cluster.node_of(0)
 
     def _many(self) -> Graph:
         """Every worker by itself for a while, the quick ones more often."""
@@ -282,7 +292,7 @@ class Serving:
             "optimizer": 0.0,
             "rows": 2 * self.rows,
         }
-        if costs.cluster.node_of(rank) == costs.cluster.node_of(0):
+        if self._near(rank):
             state = costs.profile.optimizer if optimizer else 0.0
             whole = costs.profile.nbytes * (1 + state)
             put_aside = costs.size * (self.dense + self.rows)
