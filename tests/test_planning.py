@@ -97,6 +97,85 @@ def test_slips_are_one_line(task_file: Path, typed: Any, arguments: list[str], w
     assert len(wrong.splitlines()) == 1
 
 
+def test_relaxed_strategies_only_with_leave(task_file: Path, typed: Any) -> None:
+    for more, told in [((), False), (("--allow", "relaxed"), True)]:
+        status, said, wrong = typed("plan", task_file, "--cluster", SHIPPED, "--json", *more)
+        assert (status, wrong) == (0, "")
+        plan = json.loads(said)
+        everybody = [plan["chosen"], *plan["others"]]
+        assert any(not each["exact"] for each in everybody) == told
+        assert ("nothing was measured here" in " ".join(plan["notes"])) == told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["plan", "--cluster", SHIPPED, "--allow", "all"], "--allow relaxed does"),
+        (["run", "--allow", "relaxed", "--strategy", "hybrid"], "needs no leave"),
+        (["run", "--allow", "relaxed", "--plan", "plan.json"], "needs no leave"),
+    ],
+)
+def test_leave_for_nothing(task_file: Path, typed: Any, arguments: list[str], why: str) -> None:
+    command, *rest = arguments
+    status, _, wrong = typed(command, task_file, *rest)
+    assert (status, len(wrong.splitlines())) == (2, 1)
+    assert why in wrong
+
+
+def test_the_plan_of_a_run_is_followed_and_that_of_another_cluster_refused(
+    task_file: Path, typed: Any, tmp_path: Path
+) -> None:
+    status, said, wrong = typed("plan", task_file, "--json")
+    assert status == 0, wrong
+    (tmp_path / "plan.json").write_text(said)
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert typed("run", task_file, "--plan", tmp_path / "plan.json", "--run-dir", first)[0] == 0
+    file = first / "plan.json"
+    assert typed("run", task_file, "--plan", file, "--run-dir", second)[0] == 0
+    assert json.loads((second / "plan.json").read_text())["chosen"] == json.loads(said)["chosen"]
+    told = json.loads(said)
+    for change, what in [({"hosts": 2}, "on 2 hosts"), ({"device": "cuda"}, "(cuda)")]:
+        file.write_text(json.dumps(told | change))
+        status, _, wrong = typed("run", task_file, "--plan", file, "--run-dir", tmp_path / "no")
+        assert (status, len(wrong.splitlines())) == (2, 1)
+        assert f"the plan is for 1 workers {'(cpu) ' * ('hosts' in change)}" in wrong
+        assert what in wrong
+        assert not (tmp_path / "no").exists()
+
+
+FAILING = """
+import torch
+from torch import nn
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        raise LookupError("nothing here")
+
+def fails():
+    return make(model=partial(Fails, 4, 2))
+
+def lbfgs():
+    return make(optimizer=torch.optim.LBFGS)
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_task_whose_first_batch_fails(task_file: Path, typed: Any, command: str) -> None:
+    task_file.write_text(task_file.read_text().replace("if __name__", FAILING + "if __name__"))
+    status, _, wrong = typed(command, f"{task_file}:fails")
+    assert status == 1
+    assert "forward failed on the first batch: LookupError: nothing here" in wrong
+    assert len(wrong.splitlines()) == 1
+
+
+def test_lbfgs_leaves_nothing_to_choose(task_file: Path, typed: Any) -> None:
+    task_file.write_text(task_file.read_text().replace("if __name__", FAILING + "if __name__"))
+    status, _, wrong = typed("plan", f"{task_file}:lbfgs", "--cluster", SHIPPED)
+    assert status == 2
+    assert "sandblaster" in wrong
+    assert len(wrong.splitlines()) == 1
+
+
 def test_what_cannot_be_read_is_no_plan(task_file: Path, typed: Any, tmp_path: Path) -> None:
     for content in ("{", "{}"):
         (tmp_path / "plan.json").write_text(content)

@@ -4,7 +4,7 @@ Nobody can know that beforehand for a model at hand. What theory knows is a rang
 is said here: where it begins and ends, not where in it a training will lie. Three results:
 
 Steps against batch size (McCandlish et al. 2018, "An Empirical Model of Large-Batch Training",
-equation 2.11), with a noise scale B_noise that differs by model and grows while it trains:
+section 2.3), with a noise scale B_noise that differs by model and grows while it trains:
 
     S(B) = S_min (1 + B_noise / B)
 
@@ -21,7 +21,7 @@ nothing. With delays of t on average and T at most, t becomes sqrt(t T) (Kolosko
 
 **Rare averages.** A round of H steps of N workers, each on its own share B / N, does at best what H
 steps of the whole batch do: so it is for quadratic losses, and so published trainings come out
-(Lin et al. 2018; DiLoCo, Douillard et al. 2023, table 2: 500 steps apart, no worse). At worst, what
+(Lin et al. 2018; DiLoCo, Douillard et al. 2023: 500 steps apart, no worse). At worst, what
 one of these does:
 
     H steps of one worker by itself           (1 + N v) / (1 + v)
@@ -41,8 +41,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-UNKNOWN = "theory, not measured here"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from wagontrain.task import Task
 from wagontrain.units import short_time, size
 
 _WIDEST = 1024.0
-_BY_SAMPLES = ("activations", "backward", "batch", "at borders", "rows")
+_BY_SAMPLES = ("activations", "backward", "loss", "batch", "at borders", "rows")
 """What is held of memory for each sample that is under way."""
 _TIMED = 400_000
 """Operations that are simulated to find out at which point the choice would flip."""

@@ -191,7 +191,7 @@ class Serving:
             seconds = sum(self._seconds(size, rank) for rank in far)
             over = (Resource("out", 0), *(Resource("in", rank) for rank in far))
             fetched = [graph.carry("fetch", seconds, over, [begun])]
-            have |= {rank: fetched for rank in far}
+            have |= dict.fromkeys(far, fetched)
         prompt = sorted(self.workers, key=self.computing)[: self.costs.size - self.backup]
         after: list[int] = []
         for rank in prompt:
