@@ -143,6 +143,7 @@ def test_a_host_that_drops_out_of_a_probe_is_named(hosts: Nursery, tmp_path: Pat
         for rank in range(3)
     ]  # fmt: skip
     wait_for(tmp_path / "reached")
+    time.sleep(1.5)  # until its pulse has said where it is
     children[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     for rank in (0, 2):

@@ -223,7 +223,10 @@ class Serving:
             after = [*ready[rank], *self._gate(over, number, rank)]
             if number % self.fetch == 0:
                 size = self.dense + self.rows
-                held[rank] = ahead.pop(rank, None) or self._move(graph, "fetch", size, rank, after)
+                if rank in ahead:
+                    held[rank] = ahead.pop(rank)
+                else:
+                    held[rank] = self._move(graph, "fetch", size, rank, after)
                 if self.overlap:
                     ahead[rank] = self._move(graph, "fetch", size, rank, held[rank])
             done = graph.compute("gradient", self.computing(rank), rank, [*after, *held[rank]])

@@ -91,7 +91,11 @@ def stages_of(
     seconds = tuple(
         sum(layer.forward(each) + layer.backward(each) for layer in block) for block in blocks
     )
-    crossed = tuple(block[-1].output * each / BYTES_PER_SECOND for block in blocks)
+    sizes = [block[-1].output * each for block in blocks]
+    ends = (0, (degree or stages) - 1)
+    crossed = tuple(
+        max(size / BYTES_PER_SECOND, costs.exchange("send", size, ends)) for size in sizes
+    )
     return [
         [layer for block in blocks[start:stop] for layer in block]
         for start, stop in narrowed(seconds, crossed, borders(seconds, stages))
@@ -103,7 +107,8 @@ def narrowed(
     seconds: tuple[float, ...], crossed: tuple[float, ...], found: tuple[tuple[int, int], ...]
 ) -> tuple[tuple[int, int], ...]:
     """The same stages, each border moved to where less crosses it, if the stages on either side
-    are together no slower for it. Runs count crossing at a nominal speed, too (`stages.cutting`).
+    are together no slower for it. Runs count crossing at a nominal speed (`stages.cutting`), and
+    computing without what quotas take of it; here what slower links take stands for both.
 
     Args:
         seconds: of each layer.
