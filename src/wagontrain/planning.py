@@ -148,7 +148,7 @@ def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], s
 
 
 def _probe(context: Context, name: str) -> str:
-    with context.watch.doing("measuring the cluster", patient=True):  # names who drops out
+    with context.watch.doing("measuring the cluster"):  # names who drops out
         return clusters.dump(probe(context, name))
 
 

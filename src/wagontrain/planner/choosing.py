@@ -93,7 +93,7 @@ def choose(
     with context.watch.doing("measuring the task", patient=True):
         profile, speeds = profiled(task, context)
     clock.lap("profile")
-    with context.watch.doing("measuring the cluster", patient=True):
+    with context.watch.doing("measuring the cluster"):
         cluster = probe(context, "this one", speeds)
         profile = at_rest(profile, context)
     clock.lap("probe")
