@@ -76,7 +76,7 @@ def to_run(weighed: list[Weighed], asked: argparse.Namespace) -> list[int]:
     for place, each in enumerate(weighed):
         names = [weighed[other].strategy.name for other in found]
         far = 4 * asked.slowest if each.strategy.name not in names else asked.slowest
-        hopeless = each.seconds > far * weighed[0].seconds
+        hopeless = each.seconds > far * weighed[0].seconds or each.strategy.crewed
         if each.fits and not hopeless and names.count(each.strategy.name) < asked.most:
             found.append(place)
     return found

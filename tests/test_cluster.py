@@ -55,7 +55,7 @@ def test_what_is_dumped_is_loaded(tmp_path: Path) -> None:
     cluster = Cluster(
         'a "name"',
         (
-            Host(2, 3, "cpu", 8 * 10**9, 12.5, Interference(1.25, 1.5)),
+            Host(2, 3, "cpu", 8 * 10**9, 12.5, Interference(1.25, 1.5, 1.75)),
             Host(1, 1, "cuda", 80 * 10**9, 1e5),
         ),
         links,
@@ -81,7 +81,12 @@ def test_a_link_with_one_pace(tmp_path: Path) -> None:
         (("count = 2", "count = true"), "says count = True: give a whole number from 1"),
         (("count = 2", "count = 2.5"), "says count = 2.5: give a whole number from 1"),
         (("workers = 1", ""), "[[hosts]] number 1 does not say workers"),
-        (("workers = 1", "workers = 2"), "several workers on a host, and no [within.all_reduce]"),
+        (("workers = 1", "workers = 2\ncrowded = 1.5"), "and no [within.all_reduce]"),
+        (("workers = 1", "workers = 2"), "[[hosts]] number 1 does not say crowded"),
+        (
+            ("workers = 1", "workers = 1\ncrowded = 0.5"),
+            "crowded = 0.5: give a number of 1 or more",
+        ),
         (('device = "cpu"', ""), "does not say device"),
         (("memory_gb = 8", "memory_gb = 0"), "says memory_gb = 0: give a number above 0"),
         (("memory_gb = 8", "memory_gb = inf"), "says memory_gb = inf: give a number above 0"),

@@ -132,3 +132,24 @@ def test_a_host_lost_before_all_have_met_is_named(hosts: Nursery, tmp_path: Path
         assert f"rank 1 on host tb{3 * number + 1} has not been heard of" in said, how
         assert "last seen meeting the other ranks" in said, how
         own_end(ranks[number][1], how)
+
+
+def test_a_host_that_drops_out_of_a_probe_is_named(hosts: Nursery, tmp_path: Path) -> None:
+    children = [
+        hosts.run(
+            rank, 3, tmp_path, "probe", "--patience", str(PATIENCE),
+            phase="measuring the cluster" if rank == 1 else "",
+        )
+        for rank in range(3)
+    ]  # fmt: skip
+    wait_for(tmp_path / "reached")
+    time.sleep(1.5)  # until its pulse has said where it is
+    children[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    for rank in (0, 2):
+        status, said = children[rank].end(within=25)
+        assert status == 1, said
+        assert "rank 1 on host tb1 " in said
+        assert "measuring the cluster" in said
+        assert "Traceback" not in said
+    assert time.monotonic() - began < PATIENCE + 12

@@ -177,3 +177,21 @@ def test_a_lost_node_is_named(cluster: Cluster) -> None:
     assert re.fullmatch(
         rf"wagontrain: (the Ray actor of worker rank \d on|rank \d on host) tb{lost} .*\n", err
     )
+
+
+@pytest.mark.whole
+def test_the_plan_of_a_run_is_followed_on_the_cluster(cluster: Cluster) -> None:
+    common = ("job.py", "--workers", "2", "--steps", "4")
+    assert end(cluster.train(*common), 120)[0] == 0
+    chosen = json.loads((cluster.files / "run" / "plan.json").read_text())["chosen"]
+    status, said, wrong = end(cluster.train(*common, "--plan", "run/plan.json", run="second"), 60)
+    assert (status, wrong) == (0, "")
+    assert chosen["title"] in said
+    second = cluster.files / "second"
+    summary = json.loads((second / "summary.json").read_text())
+    assert (summary["strategy"], summary["settings"]) == (chosen["strategy"], chosen["settings"])
+    assert summary["predicted"]["seconds_per_step"] > 0
+    assert json.loads((second / "plan.json").read_text())["chosen"] == chosen
+    status, _, wrong = end(cluster.train("job.py", "--workers", "3", "--plan", "run/plan.json"), 60)
+    assert status == 2
+    assert "the plan is for 2 workers, and here are 3" in wrong

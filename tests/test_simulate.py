@@ -169,6 +169,31 @@ def test_what_cannot_be_is_refused() -> None:
         graph.compute("c", 1.0, 0, [0])
 
 
+def test_what_computes_alone_is_quicker_on_crowded_cores() -> None:
+    graph = Graph()
+    first = graph.compute("first stage", 4.0, 0)
+    graph.compute("second stage", 4.0, 1, [first])
+    crowded = Interference(crowded=2.0)
+    assert simulate(graph, dict.fromkeys(range(2), crowded)).seconds == pytest.approx(4.0)
+    # All at once: what operations take is told for that.
+    graph = Graph()
+    for rank in range(3):
+        graph.compute("forward", 4.0, rank)
+    assert simulate(graph, dict.fromkeys(range(3), crowded)).seconds == 4.0
+    # One that ends early makes it quicker for the others, by half of what being alone does.
+    graph = Graph()
+    for rank, seconds in enumerate((1.0, 4.0, 4.0)):
+        graph.compute("forward", seconds, rank)
+    timeline = simulate(graph, dict.fromkeys(range(3), crowded))
+    assert timeline.seconds == pytest.approx(1.0 + 3.0 * 0.75)
+
+
+def test_one_that_stands_for_all_is_never_alone() -> None:
+    graph = Graph()
+    graph.compute("forward", 4.0, 0)
+    assert simulate(graph, {0: Interference(crowded=2.0)}).seconds == 4.0
+
+
 @st.composite
 def graphs(draw: st.DrawFn) -> Graph:
     graph = Graph()

@@ -52,6 +52,7 @@ def run(
     strategy: StrategyName = USUAL,
     settings: Settings = None,
     trial: Annotated[bool, typer.Option(help="Whether auto tries the best three.")] = True,
+    allow: cli_plan.Allow = None,
     plan: Annotated[
         Path | None, typer.Option(help="Follow a plan that `wagontrain plan --json` wrote.")
     ] = None,
@@ -80,6 +81,13 @@ def run(
     given = _settings(settings)
     if not trial:
         given = {"trial": False} | given
+    if cli_plan.allows_relaxed(allow):
+        if plan is not None or strategy != USUAL:
+            raise UsageError(
+                "--allow relaxed is for auto, which chooses: a strategy or plan that is named "
+                "needs no leave"
+            )
+        given = {"allow": allow} | given
     chosen = make_strategy(strategy, given)
     found = read_plan(plan, strategy) if plan is not None else None
     starter = make_engine(engine, address)

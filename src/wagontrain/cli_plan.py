@@ -20,9 +20,27 @@ app = typer.Typer()
 Workers = Annotated[
     int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
 ]
+Allow = Annotated[
+    str | None,
+    typer.Option(help="'relaxed' also weighs what is not the same mathematics as one process."),
+]
+Patience = Annotated[
+    float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
+]
 Interface = Annotated[
     str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
 ]
+
+
+def allows_relaxed(allow: str | None) -> bool:
+    """Whether the user consents to strategies that are not the same mathematics as one process.
+
+    Raises:
+        UsageError: something else is to be allowed.
+    """
+    if allow not in (None, "relaxed"):
+        raise UsageError(f"--allow {allow!r} does not exist: --allow relaxed does")
+    return allow is not None
 
 
 @app.command(epilog="Example: wagontrain plan examples/alexnet.py --workers 4")
@@ -34,14 +52,17 @@ def plan(
         typer.Option(help="Cluster file, or the name of one that is shipped; nothing is started."),
     ] = None,
     trial: Annotated[bool, typer.Option(help="Run the best three for a few steps.")] = False,
+    allow: Allow = None,
     batch_size: Annotated[int | None, typer.Option(help="Global batch size.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write the plan as a page, too.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every setting.")] = False,
     interface: Interface = None,
+    patience: Patience = 30.0,
 ) -> None:
     """Say which strategy is best for the task in FILE, and why; train nothing."""
     overrides = {} if batch_size is None else {"batch_size": batch_size}
+    relaxed = allows_relaxed(allow)
     source = load_task(file)
     if cluster is not None:
         if workers is not None or trial:
@@ -49,11 +70,13 @@ def plan(
                 "--cluster says what workers there are, and starts none: leave out --workers "
                 "and --trial"
             )
-        found = planning.plan_offline(source, clusters.find(cluster), overrides=overrides)
+        found = planning.plan_offline(
+            source, clusters.find(cluster), relaxed=relaxed, overrides=overrides
+        )
     else:
         made = planning.plan(
-            source, workers=workers, trial=trial, overrides=overrides,
-            task_file=file, terms=Terms(interface),
+            source, workers=workers, trial=trial, relaxed=relaxed, overrides=overrides,
+            task_file=file, terms=Terms(interface, patience),
         )  # fmt: skip
         if made is None:  # another rank says it
             return
@@ -74,9 +97,11 @@ def probe(
     ] = None,
     name: Annotated[str, typer.Option(help="Of the cluster, for people.")] = "probed",
     interface: Interface = None,
+    patience: Patience = 30.0,
 ) -> None:
     """Measure the workers and what links them: a file that can be read, edited and planned for."""
-    found = planning.measure_cluster(workers=workers, name=name, terms=Terms(interface))
+    terms = Terms(interface, patience)
+    found = planning.measure_cluster(workers=workers, name=name, terms=terms)
     if found is None:  # another rank says it
         return
     text = clusters.dump(found)

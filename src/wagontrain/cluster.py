@@ -99,7 +99,8 @@ class Host:
         memory: bytes that a worker may take.
         speed: arithmetic of a worker, in 10⁹ operations a second: of a product of matrices in
             the task's type, while all workers of the host are at it.
-        interference: what computing and exchanging at the same time costs either.
+        interference: what computing and exchanging at the same time costs either, and what
+            others' computing costs.
     """
 
     count: int
@@ -256,15 +257,20 @@ def _host(content: Any, number: int) -> Host:
         raise _WrongError(f"{where} is no table")
     _only(
         content,
-        {"count", "workers", "device", "memory_gb", "gflops", "compute_slowed", "exchange_slowed"},
+        {"count", "workers", "device", "memory_gb", "gflops", "compute_slowed", "exchange_slowed",
+         "crowded"},
         where,
-    )
+    )  # fmt: skip
     slowed = [_number(content, name, where, least=1.0)
               for name in ("compute_slowed", "exchange_slowed")]  # fmt: skip
+    workers, device = _whole(content, "workers", where), str(_needed(content, "device", where))
+    shares = device == "cpu" and workers > 1  # whoever has a machine or a device has it alone
+    if shares or "crowded" in content:
+        slowed.append(_number(content, "crowded", where, least=1.0))
     return Host(
         count=_whole(content, "count", where),
-        workers=_whole(content, "workers", where),
-        device=str(_needed(content, "device", where)),
+        workers=workers,
+        device=device,
         memory=int(_number(content, "memory_gb", where) * 1e9),
         speed=_number(content, "gflops", where),
         interference=Interference(*slowed),
@@ -354,6 +360,7 @@ def dump(cluster: Cluster) -> str:
             f"gflops = {host.speed:.6g}  # of a worker, while all are at work",
             f"compute_slowed = {host.interference.compute:.4g}  # while it exchanges",
             f"exchange_slowed = {host.interference.exchange:.4g}  # while it computes",
+            f"crowded = {host.interference.crowded:.4g}  # as long while all compute, as for one",
             "",
         ]
     for place in ("between", "within"):

@@ -96,6 +96,7 @@ class Costs:
             gradients: of their gradients.
         """
         weights = sum(layer.nbytes for layer in layers)
+        last = self.profile.layers[-1]
         return {
             "framework": float(self.profile.base),
             "weights": weights * part + self.profile.buffers,
@@ -104,6 +105,8 @@ class Costs:
             "optimizer": weights * part * self.profile.optimizer,
             "activations": sum(layer.kept for layer in layers) * samples,
             "backward": 2 * max((layer.output for layer in layers), default=0.0) * samples,
+            # A softmax works on a copy where classes do not lie side by side.
+            "loss": last.output * samples if layers and layers[-1] is last else 0.0,
             "batch": self.profile.sample * samples,
         }
 
@@ -116,8 +119,10 @@ class Costs:
         whole = self.profile.nbytes
         if self.profile.base + copies * whole > self.cluster.host_of(rank).memory:
             return 0.0
-        kept = sum(layer.kept for layer in self.profile.layers) * _TRIED
-        return self.profile.base + 3 * whole + self.profile.buffers + kept
+        layers = self.profile.layers
+        each = sum(layer.kept for layer in layers) + layers[-1].output
+        each += 2 * max(layer.output for layer in layers)
+        return self.profile.base + 3 * whole + self.profile.buffers + each * _TRIED
 
     def exchange(self, kind: Kind, nbytes: float, ranks: Sequence[int]) -> float:
         """Seconds of an exchange."""

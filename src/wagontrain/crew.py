@@ -27,6 +27,7 @@ from wagontrain.hands import Crew, LocalCrew
 from wagontrain.job import Job, job_folder
 from wagontrain.launch import Place, Terms
 from wagontrain.launch.network import free_port
+from wagontrain.plan import Plan
 from wagontrain.progress import Progress
 from wagontrain.registry import make_strategy
 from wagontrain.servers import site as sites
@@ -58,6 +59,7 @@ class Order:
         terms: where to listen, and how long a silence may be.
         first_step: updates to leave out at the beginning.
         dtype: what to compute in, whatever the task says.
+        plan: why it is run so, where that was decided before.
     """
 
     source: TaskSource
@@ -69,6 +71,7 @@ class Order:
     terms: Terms
     first_step: int = 0
     dtype: str | None = None
+    plan: Plan | None = None
 
 
 def start(
@@ -172,8 +175,9 @@ def _lead(
             if order.resume is not None:
                 source = checkpoint.Restored(Context(), checkpoint.Checkpoint(order.resume))
             site = sites.Site(
-                listener, folder, events, terms, workers, order.steps, source, order.first_step
-            )
+                listener, folder, events, terms, workers, order.steps, source, order.first_step,
+                order.plan,
+            )  # fmt: skip
             coordinator, record = strategy.coordinator(task, site)
             record.begin(workers)
             with ended(crew, coordinator):

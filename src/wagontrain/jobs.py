@@ -15,7 +15,7 @@ import safetensors.torch
 from rich.console import Console
 from torch import Tensor
 
-from wagontrain import checkpoint, launch
+from wagontrain import checkpoint, launch, planning
 from wagontrain.engines import Engine, Local, make_engine
 from wagontrain.errors import UsageError, WorkerError
 from wagontrain.events import Sink
@@ -141,6 +141,13 @@ def start(
     task = make_task(source, overrides)
     if steps is not None and steps < 1:
         raise UsageError(f"{steps} steps were asked for: give at least 1")
+    foregone = plan is None and strategy.plans_first and place is None and not engine.travels
+    if foregone and count > 1:
+        _say_first(strategy, count, display)
+        plan = planning.plan(
+            source, workers=workers, overrides=overrides, task_file=task_file, terms=terms,
+            trial=bool(strategy.settings.get("trial", True)), relaxed=True,
+        )  # fmt: skip
     if plan is not None:
         strategy = _followed(plan, task, count)
     strategy.check(task, World(size=count))
@@ -152,7 +159,9 @@ def start(
         from wagontrain.servers.contract import Crewed
 
         assert isinstance(strategy, Crewed)
-        order = crew.Order(source, strategy, overrides or {}, task_file, steps, found, terms)
+        order = crew.Order(
+            source, strategy, overrides or {}, task_file, steps, found, terms, plan=plan
+        )
         with _one_voice(place):
             summary, path = crew.start(order, task, count, place, run_dir, label, display, engine)
         result = Result(summary, path)

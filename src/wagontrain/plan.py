@@ -24,6 +24,9 @@ class Estimate:
         memory: bytes at the peak of the worker that takes most, by what they are for.
         sent: bytes that the worker which sends most sends in a step.
         room: bytes that a worker may take, of the one with the least to spare.
+        least_steps, most_steps: steps to the same loss for each of exact training, from and to; see
+            `wagontrain.convergence`.
+        statistics: why they may be more than one.
     """
 
     seconds: float
@@ -33,6 +36,9 @@ class Estimate:
     memory: Mapping[str, float]
     sent: float
     room: float
+    least_steps: float = 1.0
+    most_steps: float = 1.0
+    statistics: str = ""
 
     @property
     def peak(self) -> float:
@@ -78,6 +84,14 @@ class Candidate:
         if self.measured is not None or self.corrected is not None:
             return self.measured if self.measured is not None else self.corrected
         return self.estimate.seconds if self.estimate else None
+
+    @property
+    def to_loss(self) -> float | None:
+        """Seconds to the loss that a step of exact training comes to, at worst: what candidates
+        are compared by."""
+        if self.seconds is None or self.estimate is None:
+            return None
+        return self.seconds * self.estimate.most_steps
 
 
 @dataclass(frozen=True)
@@ -154,7 +168,7 @@ class Plan:
             UsageError: it is no plan.
         """
         try:
-            given = dict(content)
+            given = {key: content[key] for key in content if key not in _OF_RUNS}
             if given.pop("format") != FORMAT:
                 raise KeyError("format")
             chosen = _candidate(given.pop("chosen"))
@@ -177,6 +191,10 @@ class Plan:
         except ValueError as error:
             raise UsageError(f"{name} is no JSON: {error}") from error
         return cls.from_json(content, name)
+
+
+_OF_RUNS = ("strategy", "settings", "exact")
+"""What the plan.json of a run says besides."""
 
 
 def _workers(count: int, hosts: int, device: str) -> str:

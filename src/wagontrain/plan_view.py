@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from wagontrain.plan import Candidate, Plan
+from wagontrain.plan import Candidate, Estimate, Plan
 from wagontrain.units import short_time, size
 
 _LISTED = 10
@@ -24,11 +24,13 @@ def view(plan: Plan, everything: bool = False) -> RenderableType:
     """
     table = Table(box=None, pad_edge=False, title_justify="left")
     table.add_column("strategy", overflow="fold")
-    for name in ("step", "compute", "exposed", "waiting", "memory", "sent/step"):
-        table.add_column(name, justify="right", no_wrap=True)
     listed = [plan.chosen, *shown(plan, everything)]
+    relaxed = any(not each.exact for each in listed)
+    names = ["step", "compute", "exposed", "waiting", "memory", "sent/step"]
+    for name in [*names, "steps", "to loss"] if relaxed else names:
+        table.add_column(name, justify="right", no_wrap=True)
     for each in listed:
-        table.add_row(*_row(each, chosen=each is plan.chosen))
+        table.add_row(*_row(each, each is plan.chosen, relaxed))
     lines: list[RenderableType] = [table, Text("")]
     first = listed[0]
     lines.append(Text.assemble((first.title, "bold"), f" over {_workers(plan)} wins"))
@@ -56,7 +58,7 @@ def shown(plan: Plan, everything: bool = False) -> list[Candidate]:
     return found
 
 
-def _row(each: Candidate, chosen: bool) -> list[Text]:
+def _row(each: Candidate, chosen: bool, relaxed: bool = False) -> list[Text]:
     style = "bold" if chosen else ""
     name = Text(each.title, style)
     found = each.estimate
@@ -71,7 +73,20 @@ def _row(each: Candidate, chosen: bool) -> list[Text]:
         took, short_time(found.compute), short_time(found.exposed), short_time(found.waiting),
         size(found.peak), size(found.sent),
     ]  # fmt: skip
+    if relaxed:
+        cells += _to_loss(each, found)
     return [name, *(Text(cell, style) for cell in cells)]
+
+
+def _to_loss(each: Candidate, found: Estimate) -> list[str]:
+    """Steps for each of exact training, and seconds that such a step's worth takes: ranges."""
+    if each.seconds is None or not found.fits:
+        return []
+    if found.most_steps == found.least_steps == 1:
+        return ["1", short_time(each.seconds)]
+    ends = [found.least_steps, found.most_steps]
+    took = [short_time(each.seconds * end) for end in ends]
+    return [f"{ends[0]:.3g} to {ends[1]:.3g}", f"{took[0]} to {took[1]}"]
 
 
 def _workers(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from wagontrain.job import Job, job_folder, run_job
 from wagontrain.launch import Failure, Place, Terms
 from wagontrain.plan import Plan
 from wagontrain.planner import keeping
-from wagontrain.planner.choosing import choose, choose_offline
+from wagontrain.planner.choosing import Wish, choose, choose_offline
 from wagontrain.planner.probing import probe
 from wagontrain.registry import discover, make_strategy
 from wagontrain.task import Task, TaskSource, make_task
@@ -31,6 +31,7 @@ def plan(
     *,
     workers: int | None = None,
     trial: bool = True,
+    relaxed: bool = False,
     overrides: Mapping[str, Any] | None = None,
     task_file: str | None = None,
     terms: Terms | None = None,
@@ -41,6 +42,7 @@ def plan(
         source: a `Task`, or a function that returns one.
         workers: processes on this machine; under torchrun its own.
         trial: whether the best are run for a few steps.
+        relaxed: whether what is not the same mathematics as one process may be chosen.
         overrides: fields of the task to replace.
         task_file: `FILE:NAME` for workers to load the task from, where there is one.
         terms: on which workers meet.
@@ -51,7 +53,7 @@ def plan(
     Raises:
         UsageError: nothing can train this task here.
     """
-    options = {"trial": trial}
+    options = {"trial": trial, "relaxed": relaxed}
     text = _together(
         "plan", source, workers, options, overrides, task_file, terms,
         lambda context: _plan(make_task(source, overrides), context, options),
@@ -63,6 +65,7 @@ def plan_offline(
     source: TaskSource,
     cluster: Cluster,
     *,
+    relaxed: bool = False,
     overrides: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What `auto` would choose on a cluster that is described in a file.
@@ -75,7 +78,7 @@ def plan_offline(
     """
     task = make_task(source, overrides)
     profile = keeping.profile_of(task, cluster.size, launch.cache_folder())
-    return choose_offline(task, profile, cluster, discover().values())
+    return choose_offline(task, profile, cluster, discover().values(), relaxed)
 
 
 def measure_cluster(
@@ -84,7 +87,7 @@ def measure_cluster(
     """Measure the workers here, and what links them; None on ranks that are not the first."""
     text = _together(
         "probe", _no_task, workers, {"name": name}, None, None, terms,
-        lambda context: clusters.dump(probe(context, name)),
+        lambda context: _probe(context, name),
     )  # fmt: skip
     return None if text is None else clusters.parse(text, "the probe's result")
 
@@ -127,7 +130,7 @@ def plan_job(job: Job, folder: Path, place: Place | None) -> None:
 
 def probe_job(job: Job, folder: Path, place: Place | None) -> None:
     """The worker's side of a job of the kind "probe"."""
-    _work(job, folder, place, lambda context: clusters.dump(probe(context, job.options["name"])))
+    _work(job, folder, place, lambda context: _probe(context, job.options["name"]))
 
 
 def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], str]) -> None:
@@ -144,6 +147,12 @@ def _work(job: Job, folder: Path, place: Place | None, do: Callable[[Context], s
     launch.leave(context)
 
 
+def _probe(context: Context, name: str) -> str:
+    with context.watch.doing("measuring the cluster"):  # names who drops out
+        return clusters.dump(probe(context, name))
+
+
 def _plan(task: Task, context: Context, options: Mapping[str, Any]) -> str:
-    found = choose(task, context, discover().values(), options["trial"]).plan
+    wish = Wish(options["trial"], options["relaxed"], crewed=True)
+    found = choose(task, context, discover().values(), wish).plan
     return json.dumps(found.to_json())

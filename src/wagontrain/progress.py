@@ -235,7 +235,7 @@ def _held_to(told: dict[str, Any], summary: dict[str, Any]) -> list[str]:
         f"{size(told['bytes_sent_per_step'])} a step, {size(told['peak_memory'])}"
     ]
     off = [f"speed {_off(summary['samples_per_second'], told['samples_per_second'])}"]
-    if sent := summary["bytes_sent_in_steps_per_rank"]:
+    if sent := summary.get("bytes_sent_in_steps_per_rank"):
         each = max(sent) / max(summary["steps"], 1)
         off.append(f"bytes {_off(each, told['bytes_sent_per_step'])}")
     off.append(f"memory {_off(max(summary['peak_memory_per_rank']), told['peak_memory'])}")

@@ -55,8 +55,10 @@ class Operation(NamedTuple):
 
 @dataclass
 class Graph:
-    """The operations of one step, each after those that it waits for."""
+    """The operations of one step, or of several, each after those that it waits for."""
 
+    steps: float = 1.0
+    """Steps that it tells: where they differ, as between two averages, one would not do."""
     operations: list[Operation] = field(default_factory=list, init=False)
     _sent: dict[int, float] = field(default_factory=dict, init=False, repr=False)
     _held: dict[Any, tuple[Resource, ...]] = field(default_factory=dict, init=False, repr=False)
@@ -102,6 +104,24 @@ class Graph:
         """Add work of a server; returns its number."""
         return self._add(Operation(label, seconds, (Resource("server", server),), tuple(after)))
 
+    def carry(
+        self, label: str, seconds: float, over: tuple[Resource, ...], after: Iterable[int],
+        source: int | None = None, sent: float = 0.0,
+    ) -> int:  # fmt: skip
+        """Add bytes over any resources; returns its number.
+
+        Args:
+            label: what it is.
+            seconds: what it takes undisturbed.
+            over: held meanwhile.
+            after: what it waits for.
+            source: the rank that sends them; None where no worker does.
+            sent: bytes.
+        """
+        if source is not None:
+            self._sent[source] = self._sent.get(source, 0.0) + sent
+        return self._add(Operation(label, seconds, over, tuple(after), sent))
+
     def _add(self, operation: Operation) -> int:
         number = len(self.operations)
         if not operation[1] >= 0:  # not a number, too
@@ -122,15 +142,19 @@ _BOTH: tuple[Part, Part] = ("out", "in")
 
 @dataclass(frozen=True)
 class Interference:
-    """What computing and exchanging on the same rank at the same time costs either.
+    """What computing and exchanging on the same rank at the same time costs either, and what other
+    ranks' computing costs.
 
     Args:
         compute: how many times as long computing takes meanwhile.
         exchange: and the exchange.
+        crowded: how many times as long computing takes while all ranks are at it, as while no
+            other is: they may share cores. What operations take is told for all.
     """
 
     compute: float = 1.0
     exchange: float = 1.0
+    crowded: float = 1.0
 
 
 _NONE = Interference()
@@ -206,7 +230,9 @@ def simulate(graph: Graph, interference: Mapping[int, Interference] | None = Non
     """Time a step.
 
     Every resource works on one operation at a time, on those that are ready in the order in which
-    the graph has them. While a rank both computes and exchanges, each is slowed.
+    the graph has them. While a rank both computes and exchanges, each is slowed. While only some
+    of the graph's devices work, those of ranks that are crowded are quicker, in proportion to how
+    many do not.
 
     Args:
         graph: the step.
@@ -353,6 +379,11 @@ class _Paces:
             self.disturbed[held] = [
                 (of.known[each], factor) for each, factor in found.items() if each in of.known
             ]
+        self.devices = {of.known[each]: interference[each.rank].crowded
+                        for each in of.known if each.part == "device"}  # fmt: skip
+        if len(self.devices) == 1 or max(self.devices.values(), default=1.0) == 1.0:
+            self.devices = {}  # one stands for all, or nobody minds the others
+        self.working = 0
 
     def is_over(self, number: int, now: float) -> bool:
         """Whether an operation ends now; its pace may have changed since that was foreseen."""
@@ -367,6 +398,8 @@ class _Paces:
         """The new ends of all whose pace changes as some end and others begin."""
         disturbed, held, busy, slow = self.disturbed, self.held, self.busy, self.slowed
         affected = list(begun)
+        if self.devices:
+            affected += self._crowd()
         for numbers in (ended, begun):
             for number in numbers:
                 for resource, _ in disturbed[held[number]]:
@@ -378,6 +411,8 @@ class _Paces:
             for resource, factor in disturbed[held[number]]:
                 if factor > slowed and busy[resource] >= 0:
                     slowed = factor
+            if self.devices:
+                slowed *= self._alone(held[number])
             if slowed != before:
                 if before:
                     done = (now - self.since[number]) / before
@@ -386,3 +421,19 @@ class _Paces:
                 self.ends[number] = end = now + self.left[number] * slowed
                 found.append((end, number))
         return found
+
+    def _crowd(self) -> list[int]:
+        """Operations of devices, where more or fewer work than before: their pace changes."""
+        numbers = [self.busy[each] for each in self.devices if self.busy[each] >= 0]
+        if len(numbers) == self.working:
+            return []
+        self.working = len(numbers)
+        return numbers
+
+    def _alone(self, held: tuple[int, ...]) -> float:
+        """How many times as long as while all devices work: 1 / crowded while only one does."""
+        crowded = max((self.devices.get(each, 1.0) for each in held), default=1.0)
+        if crowded == 1.0:
+            return 1.0
+        idle = (len(self.devices) - self.working) / (len(self.devices) - 1)
+        return 1.0 - idle * (1.0 - 1.0 / crowded)

@@ -12,6 +12,7 @@ dashes is the strategy's name everywhere.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from wagontrain.batches import Batch, Cut
+from wagontrain.convergence import EXACT, Steps
 from wagontrain.costs import Costs
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
@@ -215,6 +217,12 @@ class Strategy(ABC):
     def setup(self, task: Task, context: Context) -> Runner:
         """Build the model, distribute it, and return the runner. Called on every rank."""
 
+    @property
+    def plans_first(self) -> bool:
+        """Whether it has to be resolved before workers are started, for it may choose a strategy
+        whose workers come and go."""
+        return False
+
     def preparing(self, workers: int) -> str:
         """What takes a while before training begins, in a line for people; empty where nothing."""
         return ""
@@ -232,7 +240,7 @@ class Strategy(ABC):
         return ()
 
     def step_graph(self, costs: Costs) -> Graph:
-        """One step as operations on devices and links.
+        """One step as operations on devices and links, or `Graph.steps` of them.
 
         Raises:
             UsageError: these settings cannot be, for this task on this cluster.
@@ -242,6 +250,13 @@ class Strategy(ABC):
     def memory(self, costs: Costs, rank: int) -> dict[str, float]:
         """Bytes that a worker takes at the peak, by what they are for."""
         raise NotImplementedError(f"{self.name} does not say what memory it takes")
+
+    def steps_needed(self, costs: Costs) -> Steps:
+        """Steps for each of exact training, to the same loss: a range where it is relaxed.
+
+        Those of one that is relaxed and says nothing are not known: it is never chosen by them.
+        """
+        return EXACT if self.exact else Steps(1.0, math.inf, "nothing is known of it")
 
     @property
     def settings(self) -> dict[str, Any]:

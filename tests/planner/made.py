@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from wagontrain.cluster import KINDS, Cluster, Host, Kind, Measured, traffic
 from wagontrain.profile import Cut, Layer, Line, Part, Profile
 from wagontrain.simulate import Interference
@@ -18,10 +16,12 @@ def links(rate: float, latency: float = 1e-4) -> dict[Kind, Measured]:
     }
 
 
-def cluster(hosts: int = 4, rate: float = 25e6, memory: float = 8e9, **changes: Any) -> Cluster:
+def cluster(
+    hosts: int = 4, rate: float = 25e6, memory: float = 8e9, latency: float = 1e-4
+) -> Cluster:
     """So many hosts with one worker each."""
     host = Host(hosts, 1, "cpu", int(memory), 10.0, Interference(1.0, 1.0))
-    return Cluster("made up", (host,), links(rate), {}, **changes)
+    return Cluster("made up", (host,), links(rate, latency), {})
 
 
 def layer(

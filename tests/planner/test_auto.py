@@ -106,6 +106,7 @@ def travelled(context: Context) -> list[tuple[str, float, float]]:
     costs = Costs(profile, probe(context, "gang", speeds))
     found = []
     weighed = [each.strategy for each in search.weigh(wt.discover().values(), costs, given)]
+    weighed = [strategy for strategy in weighed if not strategy.crewed]  # no ranks of a group
     for strategy in [*weighed, *CHOSEN]:  # which placements are weighed hangs on what was measured
         runner = strategy.setup(given, context)
         batches = Batches.of_training(given, context.world.device, runner.cut)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -13,9 +14,12 @@ from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
 from wagontrain.plan import Estimate
 from wagontrain.planner import choosing
+from wagontrain.planner.choosing import Wish
 from wagontrain.planner.search import Weighed
 from wagontrain.strategies.data_parallel import DataParallel
 from wagontrain.strategies.hybrid import Hybrid
+from wagontrain.strategies.local_sgd import LocalSGD
+from wagontrain.strategies.parameter_server import ParameterServer
 from wagontrain.strategies.sharded import Sharded
 from wagontrain.strategy import Strategy
 
@@ -94,6 +98,44 @@ def test_untried_candidates_are_told_as_corrected() -> None:
     assert told["data-parallel"].corrected == pytest.approx(1.4 * 2**0.5)
     assert told["sharded stage=2"].why == "2.4× as long when tried: 2.4 s a step"
     assert plan.chosen.seconds == 1.0
+
+
+SERVED = ParameterServer(consistency="synchronous")
+LOCAL = LocalSGD(steps_between=4)
+
+
+def relaxed(strategy: Strategy, seconds: float, most: float) -> Weighed:
+    (each,) = weighed((strategy, seconds))
+    assert each.estimate is not None
+    return Weighed(strategy, replace(each.estimate, most_steps=most))
+
+
+def test_workers_of_no_group_are_chosen_by_plans_only() -> None:
+    given = weighed((SERVED, 1.0), (DATA, 2.0))
+    assert choosing._winner(given, {}, Wish()).strategy == DATA
+    assert choosing._winner(given, {}, Wish(crewed=True)).strategy == SERVED
+    # After trials: it could not be tried.
+    assert choosing._winner(given, {1: 2.0}, Wish(crewed=True)).strategy == DATA
+    with pytest.raises(UsageError, match="name it, with --strategy parameter-server"):
+        choosing._winner(weighed((SERVED, 1.0)), {}, Wish())
+    assert choosing._promising(given) == [1]
+
+
+def test_relaxed_ones_are_not_tried_and_compared_at_their_worst() -> None:
+    for most, wins in [(1.5, LOCAL), (2.5, DATA)]:
+        given = sorted([relaxed(LOCAL, 1.0, most), *weighed((DATA, 2.0))], key=lambda x: x.to_loss)
+        data = next(place for place, each in enumerate(given) if each.strategy is DATA)
+        assert choosing._promising(given) == [data]
+        for measured in ({}, {data: 2.0}):
+            assert choosing._winner(given, measured, Wish(relaxed=True)).strategy == wins
+        # What was foretold too short was so for both.
+        assert choosing._winner(given, {data: 4.0}, Wish(relaxed=True)).strategy == wins
+        costs = Costs(heavy_at_the_end(), cluster())
+        winner = next(each for each in given if each.strategy is wins)
+        plan = choosing.conclude(given, winner, costs, [], {data: 2.0}, "made-up")
+        assert any("nothing was measured here" in note for note in plan.notes)
+        (loser,) = plan.others
+        assert loser.why.startswith(("1.3× as long", "1.2× as long to the same loss"))
 
 
 class Told:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import dataclass, replace
 
 import pytest
+from rich.console import Console
 
 import wagontrain as wt
 from tests.planner.made import cluster, heavy_at_the_end
+from wagontrain import plan_view
 from wagontrain.cluster import Cluster, Measured, scaled
 from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
@@ -18,9 +22,10 @@ from wagontrain.simulate import simulate
 from wagontrain.strategies.data_parallel import DataParallel
 
 
-def planned(rate: float, batch: int = 64, **changes: object) -> Plan:
+def planned(rate: float, batch: int = 64, relaxed: bool = False, **changes: object) -> Plan:
     costs = Costs(heavy_at_the_end(batch), cluster(rate=rate, **changes))  # type: ignore[arg-type]
-    return choosing.choose_offline(None, costs.profile, costs.cluster, wt.discover().values())
+    kinds = wt.discover().values()
+    return choosing.choose_offline(None, costs.profile, costs.cluster, kinds, relaxed)
 
 
 def test_slow_links_choose_the_hybrid_with_its_heavy_layers_split() -> None:
@@ -82,9 +87,28 @@ def test_what_does_not_fit_is_not_chosen_and_says_what_it_needs() -> None:
     assert plan.chosen.strategy in ("sharded", "hybrid", "split-weights", "pipeline")
 
 
-def test_nothing_feasible_says_what_is_closest() -> None:
-    with pytest.raises(UsageError, match=r"nothing fits: closest is .* needs .* where 95.0 MB"):
+def test_nothing_feasible_says_what_is_closest_and_what_it_lacks() -> None:
+    lacking = (
+        r"nothing fits: closest is .* needs .* where 95.0 MB .*too much even if no activations"
+    )
+    with pytest.raises(UsageError, match=lacking):
         planned(1e9, memory=100e6)
+
+
+def test_smaller_micro_batches_where_they_would_make_it_fit() -> None:
+    """They do for activations what recomputing them would, which no strategy here can."""
+    profile = heavy_at_the_end()
+    kept = tuple(replace(layer, kept=1.5e7) for layer in profile.layers)
+    profile = replace(profile, layers=kept, base=100_000_000)
+    costs = Costs(profile, cluster(rate=1e9, memory=1.8e9))
+    weighed = search.weigh([DataParallel], costs)
+    assert not weighed[0].fits
+    said = search.lacking(weighed, costs)
+    assert "Task.accumulate=" in said
+    parts = int(said.partition("Task.accumulate=")[2].partition(" ")[0])
+    for count, fits in [(parts // 2, False), (parts, True)]:
+        smaller = replace(costs, profile=replace(profile, accumulate=count))
+        assert search.weigh([DataParallel], smaller)[0].fits == fits
 
 
 def test_a_missing_measurement_is_an_error_and_no_default() -> None:
@@ -127,6 +151,53 @@ def test_what_is_not_the_same_mathematics_is_not_weighed() -> None:
     costs = Costs(heavy_at_the_end(), cluster())
     assert not Compressed(compression="bf16").exact
     assert [each.strategy for each in search.weigh([Compressed], costs)] == [Compressed()]
+
+
+def test_one_of_which_nothing_is_known_is_weighed_and_never_chosen() -> None:
+    costs = Costs(heavy_at_the_end(), cluster())
+    found = search.weigh([Compressed], costs, relaxed=True)
+    assert [each.strategy.exact for each in found] == [True, False]
+    assert found[1].to_loss == math.inf
+
+
+@pytest.mark.parametrize("rate", [1e4, 2e6, 25e6, 1e9, 1e11])
+def test_without_leave_nothing_relaxed_is_weighed(rate: float) -> None:
+    plan = planned(rate)
+    assert all(each.exact for each in (plan.chosen, *plan.others))
+    assert "relaxed" not in " ".join(plan.notes)
+
+
+def test_with_leave_relaxed_ones_are_told_by_what_they_take_to_a_loss_at_worst() -> None:
+    chosen = set()
+    for rate in (1e4, 2e6, 25e6, 1e9, 1e11):
+        plan = planned(rate, relaxed=True)
+        everybody = [plan.chosen, *plan.others]
+        assert {"local-sgd", "parameter-server"} <= {each.strategy for each in everybody}
+        assert any("nothing was measured here" in note for note in plan.notes)
+        worst = [each.to_loss for each in everybody if each.estimate and each.estimate.fits]
+        assert worst == sorted(worst)
+        for each in everybody:
+            assert each.estimate is not None
+            assert each.estimate.most_steps >= each.estimate.least_steps == 1
+            if each.exact:
+                assert each.estimate.most_steps == 1
+        chosen.add(plan.chosen.exact)
+        assert planned(rate).chosen.exact
+    # Where links are so slow that nothing else is left, rare averages win at their worst.
+    assert chosen == {True, False}
+
+
+def test_the_table_has_ranges_where_relaxed_ones_were_weighed() -> None:
+    def shown(plan: Plan) -> str:
+        console = Console(width=200, record=True, file=io.StringIO())
+        console.print(plan_view.view(plan), soft_wrap=True)
+        return console.export_text()
+
+    assert "to loss" not in shown(planned(2e6))
+    told = shown(planned(2e6, relaxed=True))
+    assert "to loss" in told
+    assert "1 to 3.98" in told
+    assert "4 workers are 500 steps apart" in told
 
 
 def test_a_plan_survives_its_file() -> None:

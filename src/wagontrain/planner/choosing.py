@@ -35,6 +35,10 @@ _HOPELESS = 2.0
 """Who is expected to take so many times as long as the best is not tried."""
 _STEPS = 4
 _WARM_UP = 2
+_RELAXED = (
+    "relaxed strategies were weighed: of the steps that they need to the same loss, theory knows a "
+    "range, and nothing was measured here; they are ranked as if it were the most"
+)
 _SECONDS = 6.0
 """Of a trial, after which no further step begins."""
 
@@ -47,8 +51,30 @@ class Choice:
     plan: Plan
 
 
+@dataclass(frozen=True)
+class Wish:
+    """What is wanted of a choice.
+
+    Args:
+        trial: whether the best are run for a few steps.
+        relaxed: whether what is not the same mathematics as one process may be chosen.
+        crewed: whether a strategy may be whose workers are no group of ranks: these ranks cannot
+            train by it.
+    """
+
+    trial: bool = True
+    relaxed: bool = False
+    crewed: bool = False
+
+
+_AS_EVER = Wish()
+
+
 def choose(
-    task: Task, context: Context, kinds: Iterable[type[Strategy]], trial: bool = True
+    task: Task,
+    context: Context,
+    kinds: Iterable[type[Strategy]],
+    wish: Wish = _AS_EVER,
 ) -> Choice:
     """Measure, weigh and try. Every rank has to call this.
 
@@ -56,7 +82,7 @@ def choose(
         task: what is to be trained.
         context: this rank's place in the job.
         kinds: the strategies to weigh.
-        trial: whether the best are run for a few steps.
+        wish: what is wanted.
 
     Raises:
         UsageError: nothing can train this task on these workers; says what is closest.
@@ -67,27 +93,53 @@ def choose(
     with context.watch.doing("measuring the task", patient=True):
         profile, speeds = profiled(task, context)
     clock.lap("profile")
-    with context.watch.doing("measuring the cluster", patient=True):
+    with context.watch.doing("measuring the cluster"):
         cluster = probe(context, "this one", speeds)
         profile = at_rest(profile, context)
     clock.lap("probe")
     costs = Costs(profile, cluster)
-    weighed = search.weigh(kinds, costs, task)
+    weighed = search.weigh(kinds, costs, task, wish.relaxed)
     if not weighed or not weighed[0].fits:
-        raise UsageError(search.lacking(weighed))
+        raise UsageError(search.lacking(weighed, costs))
     _require_the_same(weighed, context)
     clock.lap("search")
     measured: dict[int, float] = {}
-    if trial and context.world.size > 1:
+    if wish.trial and context.world.size > 1:
         with context.watch.doing("trying the best strategies", patient=True):
             measured = _try(task, context, weighed)
         clock.lap("trial")
-    winner = weighed[min(measured, key=lambda each: measured[each])] if measured else weighed[0]
+    winner = _winner(weighed, measured, wish)
     plan = conclude(weighed, winner, costs, kinds, measured, profile.model)
     clock.lap("explaining")
     forget_peak(context.world.device)
     context.sent.forget()
     return Choice(winner.strategy, replace(plan, planning=clock.seconds))
+
+
+def _winner(weighed: Sequence[Weighed], measured: Mapping[int, float], wish: Wish) -> Weighed:
+    """The one with which a loss is reached first: after trials, one of those that were tried.
+
+    Or a relaxed one: a few steps say nothing of those; they are taken as foretold and corrected.
+
+    Raises:
+        UsageError: what fits cannot be trained by these ranks.
+    """
+    ratios = _ratios(weighed, measured)
+    expected: dict[int, float] = {}
+    for place, each in enumerate(weighed):
+        if not each.fits or (each.strategy.crewed and not wish.crewed):
+            continue
+        if place in measured:
+            expected[place] = measured[place]
+        elif not measured or not each.strategy.exact:
+            most = each.to_loss / each.seconds
+            expected[place] = _corrected(each, ratios) * most
+    if not expected:
+        raise UsageError(
+            f"only {search.told(weighed[0].strategy)} fits, whose workers are no group of ranks: "
+            f"name it, with --strategy {weighed[0].strategy.name}"
+        )
+    return weighed[min(expected, key=lambda each: expected[each])]
 
 
 def _require_the_same(weighed: Sequence[Weighed], context: Context) -> None:
@@ -124,8 +176,10 @@ def conclude(
     others = sorted(made, key=_order)
     others = [_tried_and_lost(each, chosen) for each in others]
     notes = []
+    if any(not each.exact for each in (chosen, *others)):
+        notes.append(_RELAXED)
     single = search.alone(kinds, costs)
-    if costs.size > 1 and chosen.seconds is not None and single < chosen.seconds:
+    if costs.size > 1 and chosen.to_loss is not None and single < chosen.to_loss:
         notes.append(
             f"one worker alone would take {short_time(single)} a step, less than all {costs.size} "
             "together: train with --workers 1, or over faster links"
@@ -139,18 +193,19 @@ def conclude(
 
 def _order(candidate: Candidate) -> float:
     fits = candidate.estimate is not None and candidate.estimate.fits
-    return candidate.seconds if fits and candidate.seconds is not None else float("inf")
+    return candidate.to_loss if fits and candidate.to_loss is not None else float("inf")
 
 
 def _tried_and_lost(each: Candidate, chosen: Candidate) -> Candidate:
     """With what the trials say of it: its own, or how others of its kind went."""
-    if chosen.measured is None or each.estimate is None or not each.estimate.fits:
+    if chosen.corrected is None or each.estimate is None or not each.estimate.fits:
         return each
+    assert chosen.to_loss is not None
+    assert each.to_loss is not None
+    times = each.to_loss / chosen.to_loss
     if each.measured is None:
-        assert each.corrected is not None
-        cause = each.why.partition(": ")[2]
-        return replace(each, why=f"{each.corrected / chosen.measured:.2g}× as long: {cause}")
-    times = each.measured / chosen.measured
+        _, relation, cause = each.why.partition("× as long")
+        return replace(each, why=f"{times:.2g}{relation}{cause}") if relation else each
     return replace(each, why=f"{times:.2g}× as long when tried: {short_time(each.measured)} a step")
 
 
@@ -232,10 +287,16 @@ def _corrected(each: Weighed, ratios: Mapping[str, float]) -> float:
 
 
 def _promising(weighed: Sequence[Weighed]) -> list[int]:
-    """Places of those worth trying: the best, and of one strategy two at most."""
+    """Places of those worth trying: the best, and of one strategy two at most.
+
+    Of strategies that are relaxed a few steps show neither averages nor what is learnt by them.
+    """
     found: list[int] = []
+    able = [each for each in weighed if each.strategy.exact and not each.strategy.crewed]
+    least = min((each.seconds for each in able), default=0.0)
     for place, each in enumerate(weighed):
-        if each.seconds > _HOPELESS * weighed[0].seconds or each.strategy.crewed:
+        hopeless = each.seconds > _HOPELESS * least
+        if hopeless or each.strategy.crewed or not each.strategy.exact:
             continue
         names = [weighed[other].strategy.name for other in found]
         if names.count(each.strategy.name) < 2:
@@ -293,6 +354,7 @@ def choose_offline(
     profile: Profile,
     cluster: Cluster,
     kinds: Iterable[type[Strategy]],
+    relaxed: bool = False,
 ) -> Plan:
     """A plan for a cluster that is described in a file.
 
@@ -301,7 +363,7 @@ def choose_offline(
     """
     kinds = list(kinds)
     costs = Costs(profile, cluster)
-    weighed = search.weigh(kinds, costs, task)
+    weighed = search.weigh(kinds, costs, task, relaxed)
     if not weighed or not weighed[0].fits:
-        raise UsageError(search.lacking(weighed))
+        raise UsageError(search.lacking(weighed, costs))
     return conclude(weighed, weighed[0], costs, kinds, {}, profile.model)

@@ -3,6 +3,7 @@
     arithmetic      of each worker while all are at it
     exchanges       of each kind, in groups of two and of all, by size
     interference    what computing and exchanging at once costs either
+    crowding        how much slower all compute at once than one by itself
 
 Isolated exchanges are quicker than those of a step, which compute beside them: the last says by
 how much.
@@ -15,7 +16,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def probe(context: Context, name: str, speeds: Sequence[float] | None = None) ->
                 known = place[kind].points if kind in place else ()
                 place[kind] = Measured((*known, *rows))
             largest = max(row[1] for row in points["all_reduce"])
-        slowed = _interference(context, min(largest, 2**22))
+        slowed = replace(_interference(context, min(largest, 2**22)), crowded=_crowded(context))
         measured.close()
     workers = [
         _Worker(host, kind, space, speed)
@@ -311,3 +312,23 @@ def _interference(context: Context, size: int) -> Interference:
     overlap = min(lasting, together)
     compute_slowed = 1.0 if overlap <= extra else max(1.0, overlap / (overlap - extra))
     return Interference(compute_slowed, exchange_slowed)
+
+
+_CROWD_SECONDS = 0.4
+
+
+def _crowded(context: Context) -> float:
+    """How many times as long computing takes while all do, as while only rank 0 does.
+
+    Of ranks that share cores with others, whichever host they say they are on.
+    """
+    world = context.world
+    if world.device.type == "cuda":  # each has its own
+        return 1.0
+    together, alone = [], []
+    for _ in range(2):  # in turns: other jobs come and go
+        context.barrier()
+        together.append(context.gather([arithmetic(world.device, _CROWD_SECONDS)])[0][0])
+        own = arithmetic(world.device, _CROWD_SECONDS) if world.rank == 0 else 0.0
+        alone.append(context.gather([own])[0][0])
+    return max(1.0, statistics.mean(alone) / statistics.mean(together))

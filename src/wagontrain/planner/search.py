@@ -18,6 +18,8 @@ from wagontrain.task import Task
 from wagontrain.units import short_time, size
 
 _WIDEST = 1024.0
+_BY_SAMPLES = ("activations", "backward", "loss", "batch", "at borders", "rows")
+"""What is held of memory for each sample that is under way."""
 _TIMED = 400_000
 """Operations that are simulated to find out at which point the choice would flip."""
 _QUESTIONS = 30
@@ -42,6 +44,11 @@ class Weighed:
         """Of a step; infinite where it cannot be run."""
         return self.estimate.seconds if self.estimate and self.estimate.fits else math.inf
 
+    @property
+    def to_loss(self) -> float:
+        """Seconds to the loss that a step of exact training comes to, at worst."""
+        return self.seconds * self.estimate.most_steps if self.estimate else math.inf
+
 
 def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     """What a step of a strategy takes, for a task on a cluster.
@@ -51,32 +58,49 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     """
     graph = strategy.step_graph(costs)
     timeline = simulate(graph, costs.interference)
-    told = sorted({each.rank for one in graph.operations for each in one.resources})
-    told = [rank for rank in told if rank >= 0] or [0]
+    held = {each for one in graph.operations for each in one.resources}
+    told = sorted({each.rank for each in held if each.part != "server"}) or [0]
     # The worker that computes longest is the one that the step waits for.
     shares = max((timeline.shares(rank) for rank in told), key=lambda each: each.compute)
-    tight: tuple[float, dict[str, float], float] | None = None
-    for rank in dict.fromkeys([*costs.leaders, *told]):
-        items = strategy.memory(costs, rank)
-        if (trying := costs.trying(rank) - sum(items.values())) > 0:
-            items = {**items, "trying the model": trying}
-        room = costs.cluster.room(rank)
-        spare = room - sum(items.values())
-        if tight is None or spare < tight[0]:
-            tight = (spare, items, room)
-    assert tight is not None
+    items, room = _tightest(strategy, costs, told)
+    needed = strategy.steps_needed(costs)
     return Estimate(
-        seconds=timeline.seconds,
-        compute=shares.compute,
-        exposed=shares.exposed,
-        waiting=shares.waiting,
-        memory=tight[1],
-        sent=max(graph.sent_by(rank) for rank in told),
-        room=tight[2],
+        seconds=timeline.seconds / graph.steps,
+        compute=shares.compute / graph.steps,
+        exposed=shares.exposed / graph.steps,
+        waiting=shares.waiting / graph.steps,
+        memory=items,
+        sent=max(graph.sent_by(rank) for rank in told) / graph.steps,
+        room=room,
+        least_steps=needed.least,
+        most_steps=needed.most,
+        statistics=needed.why,
     )
 
 
-def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None) -> list[Weighed]:
+def _tightest(
+    strategy: Strategy, costs: Costs, told: Iterable[int]
+) -> tuple[dict[str, float], float]:
+    """Bytes by what they are for, and bytes that may be taken, of the worker with least to spare.
+
+    Args:
+        strategy: that takes them.
+        costs: of the task on the cluster.
+        told: workers that its graph tells.
+    """
+    found = []
+    for rank in dict.fromkeys([*costs.leaders, *told]):
+        items = strategy.memory(costs, rank)
+        trying = 0.0 if strategy.crewed else costs.trying(rank) - sum(items.values())
+        if trying > 0:
+            items = {**items, "trying the model": trying}
+        found.append((items, costs.cluster.room(rank)))
+    return min(found, key=lambda each: each[1] - sum(each[0].values()))
+
+
+def weigh(
+    kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = None, relaxed: bool = False
+) -> list[Weighed]:
     """Every candidate that is the same mathematics as one process, the best first.
 
     Those that cannot be are at the end.
@@ -85,6 +109,7 @@ def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = Non
         kinds: the strategies.
         costs: of the task on the cluster.
         task: asked whether it can be trained so, where given.
+        relaxed: whether others are weighed as well, by what they take to a loss at worst.
 
     Raises:
         UsageError: the cluster lacks a measurement.
@@ -94,10 +119,10 @@ def weigh(kinds: Iterable[type[Strategy]], costs: Costs, task: Task | None = Non
         for kind in kinds:
             different: list[Strategy] = []
             for strategy in kind.candidates(costs):
-                if strategy.exact and strategy not in different:
+                if (strategy.exact or relaxed) and strategy not in different:
                     different.append(strategy)
                     found.append(_weighed(strategy, costs, task))
-    return sorted(found, key=lambda each: each.seconds)
+    return sorted(found, key=lambda each: each.to_loss)
 
 
 def _weighed(strategy: Strategy, costs: Costs, task: Task | None) -> Weighed:
@@ -109,7 +134,7 @@ def _weighed(strategy: Strategy, costs: Costs, task: Task | None) -> Weighed:
     return Weighed(strategy, estimate(strategy, costs))
 
 
-def lacking(weighed: Sequence[Weighed]) -> str:
+def lacking(weighed: Sequence[Weighed], costs: Costs) -> str:
     """What is closest to being possible, where nothing is, and what it lacks."""
     near = [each for each in weighed if each.estimate is not None]
     if not near:
@@ -120,8 +145,29 @@ def lacking(weighed: Sequence[Weighed]) -> str:
     return (
         f"nothing fits: closest is {told(least.strategy)}, which needs "
         f"{size(least.estimate.peak)} per worker where {size(least.estimate.room)} may be "
-        "taken; give more workers or memory, or a smaller batch_size"
+        f"taken{_remedy(least, costs)}; give more workers or memory, or a smaller batch_size"
     )
+
+
+def _remedy(each: Weighed, costs: Costs) -> str:
+    """Whether fewer samples at a time would make it fit: smaller micro-batches do for activations
+    what recomputing them does, which no strategy here can."""
+    found = each.estimate
+    assert found is not None
+    over = found.peak - found.room
+    grows = sum(found.memory.get(item, 0.0) for item in _BY_SAMPLES)
+    if grows <= over:
+        return f" ({size(over - grows)} too much even if no activations were kept)"
+    graph = each.strategy.step_graph(costs)
+    held = {one for operation in graph.operations for one in operation.resources}
+    told = sorted({one.rank for one in held if one.part != "server"})
+    parts = costs.profile.accumulate
+    while (parts := 2 * parts) <= costs.profile.batch_size // costs.size:
+        smaller = replace(costs, profile=replace(costs.profile, accumulate=parts))
+        items, room = _tightest(each.strategy, smaller, told)
+        if sum(items.values()) <= room:
+            return f" (Task.accumulate={parts} would make it fit)"
+    return ""
 
 
 # --- why ----------------------------------------------------------------------------------------
@@ -136,9 +182,13 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
     """
     made = []
     asked: set[str] = set()
+    small: set[str] = set()
     left = _TIMED
     for each in weighed:
-        flip = ""
+        flip = more = ""
+        if each.estimate is not None and not each.fits and each.strategy.name not in small:
+            small.add(each.strategy.name)
+            more = _remedy(each, costs)
         if each.fits and each.strategy.name not in asked and each is not winner:
             asked.add(each.strategy.name)
             size = sum(len(one.strategy.step_graph(costs).operations) for one in (each, winner))
@@ -147,7 +197,7 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
         made.append(
             Candidate(
                 each.strategy.name, each.strategy.settings, told(each.strategy),
-                each.strategy.exact, each.estimate, why=_why(each, winner), flip=flip,
+                each.strategy.exact, each.estimate, why=_why(each, winner) + more, flip=flip,
             )
         )  # fmt: skip
     return made
@@ -166,7 +216,17 @@ def _why(each: Weighed, winner: Weighed) -> str:
             f"{size(found.memory[largest])}), a worker may take {size(found.room)}"
         )
     assert best is not None
-    times = f"{found.seconds / best.seconds:.2g}× as long"
+    if each.strategy.crewed and each.to_loss < winner.to_loss:
+        return (
+            f"quicker as foretold ({short_time(found.seconds)} a step), but its workers are no "
+            "group of ranks, so that auto cannot try it: name it to train so"
+        )
+    times = f"{each.to_loss / winner.to_loss:.2g}× as long"
+    if found.most_steps > max(1.0, found.seconds / best.seconds):
+        return (
+            f"{times} to the same loss, if it takes {found.most_steps:.2g}× the steps "
+            f"({found.statistics})"
+        )
     more = {
         "compute": found.compute - best.compute,
         "exposed": found.exposed - best.exposed,
@@ -213,13 +273,16 @@ def _ahead(each: Weighed, winner: Weighed, costs: Costs | None) -> bool | None:
     if costs is None:
         return None
     try:
-        one, other = (
-            simulate(strategy.step_graph(costs), costs.interference).seconds
-            for strategy in (each.strategy, winner.strategy)
-        )
+        one, other = (_to_loss(strategy, costs) for strategy in (each.strategy, winner.strategy))
     except UsageError:
         return None
     return one < other
+
+
+def _to_loss(strategy: Strategy, costs: Costs) -> float:
+    graph = strategy.step_graph(costs)
+    seconds = simulate(graph, costs.interference).seconds / graph.steps
+    return seconds * strategy.steps_needed(costs).most
 
 
 def _bisect(ahead: Callable[[float], bool | None]) -> float | None:
@@ -253,8 +316,9 @@ def link_rate(cluster: Cluster) -> float:
 
 def alone(kinds: Iterable[type[Strategy]], costs: Costs) -> float:
     """Seconds of a step on the quickest worker alone; infinite where it does not fit there."""
-    host = max(costs.cluster.hosts, key=lambda each: each.speed)
-    single = Cluster(costs.cluster.name, (replace(host, count=1, workers=1),))
+    host = max(costs.cluster.hosts, key=lambda each: each.speed * each.interference.crowded)
+    free = host.speed * host.interference.crowded
+    single = Cluster(costs.cluster.name, (replace(host, count=1, workers=1, speed=free),))
     one = replace(costs, cluster=single)
     return min((each.seconds for each in weigh(kinds, one)), default=math.inf)
 

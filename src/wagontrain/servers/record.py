@@ -169,7 +169,8 @@ class Record(Observer):
             "world_size": workers,
             "hosts": [socket.gethostname()],
         }
-        self.folder.write_plan(description)
+        planned = self.site.plan.to_json() if self.site.plan is not None else {}
+        self.folder.write_plan({**description, **planned})
         self.events.send(
             "start",
             **description,
@@ -183,6 +184,7 @@ class Record(Observer):
             first_step=self.steps,
             join=self.site.listener.endpoint.removeprefix("tcp://"),
             secret=str(self.folder.path / "secret"),
+            **({"plan": planned} if planned else {}),
         )
 
     def end(self, workers: int) -> dict[str, Any]:
@@ -217,7 +219,7 @@ class Record(Observer):
             "shares": None,
             "times_per_rank": None,
             "straggler": None,
-            "predicted": None,
+            "predicted": self.site.plan.foretold(self.task.batch_size) if self.site.plan else None,
             "most_workers": self.most_workers,
             "lost": self.lost(),
             "staleness": self.decisions.staleness(),

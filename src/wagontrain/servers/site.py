@@ -7,6 +7,7 @@ from typing import Any
 
 from wagontrain.events import Events
 from wagontrain.folder import RunFolder
+from wagontrain.plan import Plan
 from wagontrain.servers.leases import Course
 from wagontrain.servers.wire import Listener
 from wagontrain.state import Source
@@ -45,6 +46,7 @@ class Site:
         steps: updates after which to stop, if before the last epoch's end.
         source: of the state to go on from.
         first_step: updates to leave out at the beginning: to compare a stretch of training.
+        plan: why it is trained so, where that was decided before.
     """
 
     listener: Listener
@@ -55,6 +57,7 @@ class Site:
     steps: int | None = None
     source: Source | None = None
     first_step: int = 0
+    plan: Plan | None = None
 
     def course(self, task: Task, first_step: int) -> Course:
         """What there is to train, from a step on."""

@@ -6,12 +6,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from wagontrain.cluster import traffic
 from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
 from wagontrain.profile import Layer, Profile
 from wagontrain.simulate import Graph, uncollected
+from wagontrain.stages.cutting import BYTES_PER_SECOND
+
+_SWEEPS = 3
 
 
 def divisible(profile: Profile) -> bool:
@@ -78,17 +82,55 @@ def borders(seconds: tuple[float, ...], stages: int) -> tuple[tuple[int, int], .
     return tuple(reversed(made))
 
 
-def stages_of(costs: Costs, degree: int, count: int) -> list[list[Layer]]:
-    """The model in so many stages, for so many micro-batches."""
-    each = samples(costs, degree) / count
+def stages_of(
+    costs: Costs, stages: int, count: int, degree: int | None = None
+) -> list[list[Layer]]:
+    """The model in so many stages, for so many micro-batches; of fewer ranks where given."""
+    each = samples(costs, degree or stages) / count
     blocks = _blocks(costs.profile.layers)
     seconds = tuple(
         sum(layer.forward(each) + layer.backward(each) for layer in block) for block in blocks
     )
+    sizes = [block[-1].output * each for block in blocks]
+    ends = (0, (degree or stages) - 1)
+    crossed = tuple(
+        max(size / BYTES_PER_SECOND, costs.exchange("send", size, ends)) for size in sizes
+    )
     return [
         [layer for block in blocks[start:stop] for layer in block]
-        for start, stop in borders(seconds, degree)
+        for start, stop in narrowed(seconds, crossed, borders(seconds, stages))
     ]
+
+
+@lru_cache(maxsize=64)
+def narrowed(
+    seconds: tuple[float, ...], crossed: tuple[float, ...], found: tuple[tuple[int, int], ...]
+) -> tuple[tuple[int, int], ...]:
+    """The same stages, each border moved to where less crosses it, if the stages on either side
+    are together no slower for it. Runs count crossing at a nominal speed (`stages.cutting`), and
+    computing without what quotas take of it; here what slower links take stands for both.
+
+    Args:
+        seconds: of each layer.
+        crossed: seconds for what crosses the border behind each layer.
+        found: the stages, as `borders` gives them.
+    """
+    places = [start for start, _ in found] + [len(seconds)]
+    sums = [0.0, *itertools.accumulate(seconds)]
+    cost = [0.0, *crossed[:-1], 0.0]  # of a border in front of each layer
+
+    def slower(first: int, border: int, last: int) -> tuple[float, float]:
+        sides = [(first, border), (border, last)]
+        taken = max(sums[stop] - sums[start] + cost[start] + cost[stop] for start, stop in sides)
+        return taken, cost[border]
+
+    for _ in range(_SWEEPS):
+        for number in range(1, len(places) - 1):
+            before, after = places[number - 1], places[number + 1]
+            places[number] = min(
+                range(before + 1, after), key=lambda each: slower(before, each, after)
+            )
+    return tuple(itertools.pairwise(places))
 
 
 def bound(costs: Costs, degree: int, count: int) -> float:
@@ -112,46 +154,106 @@ def _blocks(layers: Sequence[Layer]) -> list[list[Layer]]:
     return found
 
 
+def total_stages(degree: int, schedule: str) -> int:
+    """Stages of the whole pipeline: with "interleaved" every rank has two."""
+    return degree * (2 if schedule == "interleaved" else 1)
+
+
 def step_graph(costs: Costs, degree: int, count: int, schedule: str) -> Graph:
     """One pipeline's step; what the others of the world do is the same.
 
     Raises:
-        UsageError: the schedule is not predicted.
+        UsageError: the model has fewer layers than stages.
     """
-    if schedule == "interleaved":
-        raise UsageError("the schedule interleaved is not predicted yet: gpipe and 1f1b are")
-    found = stages_of(costs, degree, count)
+    found = stages_of(costs, total_stages(degree, schedule), count, degree)
     size = samples(costs, degree) / count
     graph = Graph()
-    last: dict[int, list[int]] = {stage: [] for stage in range(degree)}
+    last: dict[int, list[int]] = {rank: [] for rank in range(degree)}
     with uncollected():
         for _ in range(costs.profile.accumulate):
             _passes(graph, costs, found, size, orders(schedule, degree, count), last)
     rows = costs.size // degree
-    for stage, layers in enumerate(found):
-        nbytes = sum(layer.nbytes for layer in layers)
+    for rank in range(degree):
+        nbytes = sum(layer.nbytes for stage in found[rank::degree] for layer in stage)
         if rows > 1:
-            ranks = range(stage, costs.size, degree)
+            ranks = range(rank, costs.size, degree)
             seconds = costs.exchange("all_reduce", nbytes, ranks)
             sent = nbytes * traffic("all_reduce", rows)
-            last[stage] = [graph.exchange("sum of gradients", seconds, [stage], last[stage], sent)]
-        graph.compute("update", costs.update(nbytes, stage), stage, last[stage])
+            last[rank] = [graph.exchange("sum of gradients", seconds, [rank], last[rank], sent)]
+        graph.compute("update", costs.update(nbytes, rank), rank, last[rank])
     return graph
 
 
-def orders(schedule: str, degree: int, count: int) -> list[list[tuple[str, int]]]:
-    """What each stage does, in order: ("forward" or "backward", micro-batch)."""
+class Turn(NamedTuple):
+    """What a rank does at a time.
+
+    Args:
+        way: "forward" or "backward".
+        stage: through which of its stages.
+        number: of the micro-batch.
+    """
+
+    way: str
+    stage: int
+    number: int
+
+
+@lru_cache(maxsize=64)  # asked for again for every rank's memory
+def orders(schedule: str, degree: int, count: int) -> tuple[tuple[Turn, ...], ...]:
+    """What each rank does, in order."""
+    if schedule == "interleaved":
+        return tuple(_interleaved(rank, degree, count) for rank in range(degree))
     everything = []
     for stage in range(degree):
         ahead = count if schedule == "gpipe" else min(count, degree - stage)
-        order = [("forward", number) for number in range(ahead)]
+        order = [Turn("forward", stage, number) for number in range(ahead)]
         backward = 0
         for number in range(ahead, count):
-            order += [("backward", backward), ("forward", number)]
+            order += [Turn("backward", stage, backward), Turn("forward", stage, number)]
             backward += 1
-        order += [("backward", number) for number in range(backward, count)]
-        everything.append(order)
-    return everything
+        order += [Turn("backward", stage, number) for number in range(backward, count)]
+        everything.append(tuple(order))
+    return tuple(everything)
+
+
+def _interleaved(rank: int, degree: int, count: int) -> tuple[Turn, ...]:
+    """Of a rank with two stages: rounds of micro-batches go through the first, then the second.
+
+    Where the micro-batches are no whole rounds, all go through each stage before the next.
+
+    Source: Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters
+    Using Megatron-LM", section 2.2; the order is that of torch's ScheduleInterleaved1F1B, and
+    ScheduleLoopedBFS.
+    """
+    rounds = max(1, count // degree)
+    if count % rounds:
+        both = (rank, rank + degree)
+        ahead = [Turn("forward", stage, number) for stage in both for number in range(count)]
+        back = [
+            Turn("backward", stage, number)
+            for stage in reversed(both)
+            for number in reversed(range(count))
+        ]
+        return (*ahead, *back)
+    each = count // rounds
+    whole = 2 * count
+
+    def turns(way: str) -> list[Turn]:
+        done = {0: 0, 1: 0}
+        made = []
+        for step in range(whole):
+            place = step // each % 2
+            place = 1 - place if way == "backward" else place
+            made.append(Turn(way, place * degree + rank, done[place]))
+            done[place] += 1
+        return made
+
+    forward, backward = turns("forward"), turns("backward")
+    ahead_of = min(whole, each + 2 * (degree - 1 - rank))
+    order = forward[:ahead_of]
+    for number in range(ahead_of, whole):
+        order += [forward[number], backward[number - ahead_of]]
+    return (*order, *backward[whole - ahead_of :])
 
 
 def _passes(
@@ -159,36 +261,37 @@ def _passes(
     costs: Costs,
     found: Sequence[Sequence[Layer]],
     size: float,
-    todo: Sequence[Sequence[tuple[str, int]]],
+    todo: Sequence[Sequence[Turn]],
     last: dict[int, list[int]],
 ) -> None:
     """Add the passes in an order in which each comes after what it waits for."""
-    ways = {name: _Way.of(name, costs, found, size) for name in ("forward", "backward")}
-    arrived: dict[tuple[str, int, int], int] = {}
-    places = [0] * len(found)
-    degree = len(found)
+    degree, total = len(todo), len(found)
+    ways = {name: _Way.of(name, costs, found, size, degree) for name in ("forward", "backward")}
+    arrived: dict[Turn, int] = {}
+    places = [0] * degree
     moved = True
     while moved:
         moved = False
-        for stage in range(degree):
-            while places[stage] < len(todo[stage]):
-                name, number = todo[stage][places[stage]]
+        for rank in range(degree):
+            while places[rank] < len(todo[rank]):
+                turn = todo[rank][places[rank]]
+                name, stage, number = turn
                 way = ways[name]
-                after = last[stage]
-                if 0 <= stage - way.onward < degree:
-                    came = arrived.get((name, number, stage))
+                after = last[rank]
+                if 0 <= stage - way.onward < total:
+                    came = arrived.get(turn)
                     if came is None:
                         break
                     after = [*after, came]
-                done = graph.compute(f"{name} {number}", way.seconds[stage], stage, after)
-                last[stage] = [done]
+                done = graph.compute(f"{name} {number}", way.seconds[stage], rank, after)
+                last[rank] = [done]
                 target = stage + way.onward
-                if 0 <= target < degree:
+                if 0 <= target < total:
                     nbytes, seconds = way.sends[min(stage, target)]
-                    arrived[name, number, target] = graph.send(
-                        f"{name} {number} on", seconds, stage, target, [done], nbytes
+                    arrived[Turn(name, target, number)] = graph.send(
+                        f"{name} {number} on", seconds, rank, target % degree, [done], nbytes
                     )
-                places[stage] += 1
+                places[rank] += 1
                 moved = True
 
 
@@ -207,22 +310,34 @@ class _Way:
     sends: list[tuple[float, float]]
 
     @classmethod
-    def of(cls, name: str, costs: Costs, found: Sequence[Sequence[Layer]], size: float) -> _Way:
+    def of(
+        cls, name: str, costs: Costs, found: Sequence[Sequence[Layer]], size: float, degree: int
+    ) -> _Way:
         cost = costs.forward if name == "forward" else costs.backward
         onward = 1 if name == "forward" else -1
         seconds = [
-            sum(cost(layer, size, stage) for layer in layers) for stage, layers in enumerate(found)
+            sum(cost(layer, size, stage % degree) for layer in layers)
+            for stage, layers in enumerate(found)
         ]
         sends = []
         for stage, layers in enumerate(found[:-1]):
             nbytes = layers[-1].output * size
-            sends.append((nbytes, costs.exchange("send", nbytes, (stage, stage + 1))))
+            ends = (stage % degree, (stage + 1) % degree)
+            sends.append((nbytes, costs.exchange("send", nbytes, sorted(ends))))
         return cls(onward, seconds, sends)
 
 
 def memory(costs: Costs, degree: int, count: int, schedule: str, rank: int) -> dict[str, float]:
-    """Of the worker of a stage: the largest number of micro-batches that it holds at a time."""
-    stage = rank % degree
-    held = count if schedule == "gpipe" else min(count, degree - stage)
+    """Of a rank: its stages, and the micro-batches that it holds of each at a time."""
+    place = rank % degree
+    found = stages_of(costs, total_stages(degree, schedule), count, degree)
     size = samples(costs, degree) / count
-    return costs.memory(stages_of(costs, degree, count)[stage], size * held)
+    own = list(range(place, len(found), degree))
+    kept = {stage: size * sum(layer.kept for layer in found[stage]) for stage in own}
+    held, most, under_way, ahead = 0.0, 0.0, 0, 0
+    for turn in orders(schedule, degree, count)[place]:
+        sign = 1 if turn.way == "forward" else -1
+        held, under_way = held + sign * kept[turn.stage], under_way + sign
+        most, ahead = max(most, held), max(ahead, under_way)
+    items = costs.memory([layer for stage in own for layer in found[stage]], size)
+    return {**items, "activations": most, "batch": costs.profile.sample * size * ahead}

@@ -31,13 +31,18 @@ from wagontrain.errors import UsageError
 from wagontrain.mesh import World, balanced_shares, shares
 from wagontrain.objective import Objective
 from wagontrain.replication import Buckets
-from wagontrain.simulate import Graph
+from wagontrain.simulate import Graph, simulate
 from wagontrain.speed import step_cost
 from wagontrain.strategy import Strategy
 from wagontrain.synchronous import Synchronous
 from wagontrain.task import Task
 from wagontrain.transport import Context
 from wagontrain.trial import unused_in_trial
+
+_BUCKETS = (1.0, 5.0, 25.0, 100.0)
+"""MiB of gradients that are weighed."""
+_WORTH_IT = 0.02
+"""Part of a step that another size has to save, or it is not told."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,28 @@ class DataParallel(Strategy):
 
     @classmethod
     def candidates(cls, costs: Costs) -> list[DataParallel]:
-        """Equal shares; where hosts are unequal, also shares by their speed."""
+        """Equal shares; where hosts are unequal, also shares by their speed. With buckets of other
+        sizes where those are foretold to be worth it."""
         if costs.size > costs.profile.batch_size:
             return []
-        plain = cls(find_unused_parameters=None)
-        if len(costs.leaders) == 1:
-            return [plain]
-        speeds = tuple(costs.cluster.host_of(rank).speed for rank in range(costs.size))
-        return [plain, cls(shares=speeds)]
+        plain = cls()
+        found = [plain, *plain.other_buckets(costs)]
+        if len(costs.leaders) > 1:
+            speeds = tuple(costs.cluster.host_of(rank).speed for rank in range(costs.size))
+            found.append(cls(shares=speeds))
+        return found
+
+    def other_buckets(self, costs: Costs) -> list[DataParallel]:
+        """The same with the bucket that is foretold to be best, if that is another."""
+        if costs.size == 1 or costs.profile.nbytes <= min(_BUCKETS) * 2**20:
+            return []
+
+        def seconds(strategy: DataParallel) -> float:
+            return simulate(strategy.step_graph(costs), costs.interference).seconds
+
+        others = [replace(self, bucket_mb=size) for size in _BUCKETS]
+        best = min(others, key=seconds)
+        return [best] if seconds(best) < (1 - _WORTH_IT) * seconds(self) else []
 
     def step_graph(self, costs: Costs) -> Graph:
         """Forward and backward on the own share; each bucket travels when it is full."""

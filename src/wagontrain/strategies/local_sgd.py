@@ -32,6 +32,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from wagontrain.averaging import predict
 from wagontrain.averaging.beside import (
     Beside,
     begin_alike,
@@ -43,16 +44,22 @@ from wagontrain.averaging.fragments import Averaging, Outer
 from wagontrain.averaging.tally import Tally
 from wagontrain.batches import Batch, Cut, mix
 from wagontrain.building import require_room, skeleton
+from wagontrain.convergence import Steps, apart
+from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
+from wagontrain.simulate import Graph
 from wagontrain.state import Held, Source, Training
 from wagontrain.strategy import Runner, Settled, StepReport, Strategy
 from wagontrain.synchronous import Marks, require_weight
 from wagontrain.task import Task, trainable
 from wagontrain.transport import Context, Stopwatch
 from wagontrain.trial import unused_in_trial
+
+_PERIODS = (2, 4, 16, 64)
+"""Steps between averages that are weighed."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,28 @@ class LocalSGD(Strategy):
                 f"{self.fragments} fragments cannot be made of {count} parameters: give at most "
                 f"{count}"
             )
+
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[LocalSGD]:
+        """Averages after 2, 4, 16 and 64 steps; in four fragments; and as DiLoCo has it."""
+        if not 1 < costs.size <= costs.profile.batch_size:
+            return []
+        found = [cls(steps_between=period) for period in _PERIODS]
+        if sum(len(layer.parts) for layer in costs.profile.layers) >= 4:
+            found.append(cls(steps_between=16, fragments=4))
+        return [*found, cls(outer="nesterov")]
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """Local steps, and the averages among them, of one period."""
+        return predict.step_graph(costs, self.period, self.fragments, self.due, self.delay)
+
+    def steps_needed(self, costs: Costs) -> Steps:
+        """See `wagontrain.convergence`, rare averages."""
+        return apart(costs.size, self.period)
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """A whole copy of everything, the average beside it, and what an outer optimizer keeps."""
+        return predict.memory(costs, rank, self.fragments, self.optimizer is not None, self.delay)
 
     def setup(self, task: Task, context: Context) -> Runner:
         """Build the model on every worker, with rank 0's first weights."""

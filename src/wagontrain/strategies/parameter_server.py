@@ -29,9 +29,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from wagontrain.convergence import Steps
+from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
 from wagontrain.mesh import World
-from wagontrain.servers import placing
+from wagontrain.servers import placing, predict
 from wagontrain.servers.client import Client
 from wagontrain.servers.contract import Crewed
 from wagontrain.servers.coordinator import Coordinator
@@ -43,6 +45,7 @@ from wagontrain.servers.rates import Rates, with_less_momentum
 from wagontrain.servers.record import Record
 from wagontrain.servers.site import Site
 from wagontrain.servers.work import Habits, Worker
+from wagontrain.simulate import Graph
 from wagontrain.strategy import Runner
 from wagontrain.task import Task
 from wagontrain.transport import Context
@@ -152,6 +155,52 @@ class ParameterServer(Crewed):
                 "fewer"
             )
 
+    @classmethod
+    def candidates(cls, costs: Costs) -> list[ParameterServer]:
+        """Steps together, which are exact; asynchronous ones, with bounds, rarer pushes, tables.
+
+        With one server and with some; steps that do not wait for the hosts that are slowest.
+        """
+        size = costs.size
+        if size == 1:
+            return []
+        found: list[ParameterServer] = []
+        together = size <= costs.profile.batch_size and not predict.has_batch_norm(costs)
+        for servers in sorted({1, min(4, size)}):
+            if together:
+                found.append(cls(servers=servers, consistency="synchronous"))
+                if slow := _slow(costs):
+                    found.append(cls(servers=servers, consistency="synchronous", backup=slow))
+            found.append(cls(servers=servers))
+            if len(costs.leaders) > 1:  # a bound holds the quick ones back; here are some
+                found.append(cls(servers=servers, consistency="ssp:2"))
+            found.append(cls(servers=servers, overlap=True))
+            found.append(cls(servers=servers, n_push=4, n_fetch=4))
+            if predict.tables(costs):
+                found.append(cls(servers=servers, tables="auto"))
+        return found
+
+    def _serving(self, costs: Costs) -> predict.Serving:
+        bound = int(self.consistency[4:]) if self.consistency.startswith("ssp:") else None
+        remote = tuple(predict.tables(costs)) if self.tables else ()
+        return predict.Serving(
+            costs, self.servers, self.together, self.backup, bound, self.n_push, self.n_fetch,
+            self.overlap and not self.together, remote,
+        )  # fmt: skip
+
+    def step_graph(self, costs: Costs) -> Graph:
+        """A step of all together; or a few batches of each worker, and every one of them a step."""
+        return self._serving(costs).step_graph()
+
+    def steps_needed(self, costs: Costs) -> Steps:
+        """See `wagontrain.convergence`, late gradients; with backups samples come in another order,
+        and each still counts once an epoch."""
+        return self._serving(costs).steps_needed()
+
+    def memory(self, costs: Costs, rank: int) -> dict[str, float]:
+        """Two copies of parameters and of gradients; the servers are with worker 0."""
+        return self._serving(costs).memory(rank, self.rule == "optimizer")
+
     def setup(self, task: Task, context: Context) -> Runner:
         """Refused: its workers are no group of ranks.
 
@@ -227,6 +276,13 @@ class ParameterServer(Crewed):
             return changed
 
         return change
+
+
+def _slow(costs: Costs) -> int:
+    """Workers of hosts that are slower than the quickest by more than half; 0 where most are."""
+    speeds = [costs.cluster.host_of(rank).speed for rank in range(costs.size)]
+    slow = sum(speed < max(speeds) / 1.5 for speed in speeds)
+    return slow if slow <= costs.size // 2 else 0
 
 
 _ADAGRAD = 10.0

@@ -110,12 +110,13 @@ class Pipeline(Strategy):
 
     @classmethod
     def candidates(cls, costs: Costs) -> list[Pipeline]:
-        """Every degree above 1 that divides the world, with the micro-batches that suit it best.
+        """Every degree above 1 that divides the world, with the micro-batches that suit it best; of
+        the two best degrees every schedule.
 
-        Of three numbers of them, by m + d - 1 times the slowest stage: see `stages.planning`.
+        Both by m + d - 1 times the slowest stage: see `stages.planning`.
         """
         layers = [layer for layer in costs.profile.layers if layer.parts]
-        found = []
+        found: list[tuple[float, Pipeline]] = []
         for degree in range(2, min(costs.size, len(layers)) + 1):
             if costs.size % degree:
                 continue
@@ -124,9 +125,24 @@ class Pipeline(Strategy):
             if not predict.divisible(costs.profile):
                 counts = [1]
             if counts:
-                best = min(counts, key=lambda count: predict.bound(costs, degree, count))
-                found.append(cls(degree=degree, micro_batches=best))
-        return found
+                seconds, best = min(
+                    (predict.bound(costs, degree, count), count) for count in counts
+                )
+                found.append((seconds, cls(degree=degree, micro_batches=best)))
+        found.sort(key=lambda each: each[0])
+        others = [other for _, each in found[:2] for other in each._other_schedules(len(layers))]
+        return [*(each for _, each in found), *others]
+
+    def _other_schedules(self, layers: int) -> list[Pipeline]:
+        """The same pipeline in another order, for so many layers."""
+        assert self.degree is not None
+        assert self.micro_batches is not None
+        if self.micro_batches < self.degree:
+            return []
+        kinds: list[Kind] = ["1f1b"]
+        if 2 * self.degree <= layers:
+            kinds.append("interleaved")
+        return [replace(self, schedule=kind) for kind in kinds]
 
     def step_graph(self, costs: Costs) -> Graph:
         """Micro-batches through the stages; activations and gradients go from one to the next."""
