@@ -14,6 +14,7 @@ from wagontrain.errors import (
 from wagontrain.jobs import Result, connect, fit
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
+from wagontrain.outputs import count_labels, loss_of_output
 from wagontrain.registry import discover, make_strategy
 from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task
@@ -42,8 +43,10 @@ __all__ = [
     "World",
     "__version__",
     "connect",
+    "count_labels",
     "discover",
     "fit",
+    "loss_of_output",
     "make_strategy",
     "nn",
 ]

@@ -16,7 +16,7 @@ import hashlib
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -224,10 +224,13 @@ class Batches:
             ) from error
 
     def _micro_batch(self, collated: Any, count: int, total: int) -> MicroBatch:
+        if isinstance(collated, Mapping):  # input and target at once, labels among them
+            record = place(dict(collated), self.device)
+            return MicroBatch(record, record, count, total)
         if not isinstance(collated, tuple | list) or len(collated) != 2:
             raise TaskError(
                 f"the data set gives samples that collate to {describe(collated)}: "
-                "each sample has to be a pair (input, target)"
+                "each sample has to be a pair (input, target), or a dict that is both"
             )
         inputs, target = place(collated, self.device) if self.device.type != "cpu" else collated
         return MicroBatch(inputs, target, count, total)

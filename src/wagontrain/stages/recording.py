@@ -117,6 +117,14 @@ class Recording:
         """What was called, to compare recordings by."""
         return [(call.target, call.results, tuple(call.takes)) for call in self.calls]
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether the output holds single numbers: a loss that the model computed, say."""
+        leaves = pytree.tree_leaves(self.output)
+        return any(
+            isinstance(leaf, Value) and not self.values[leaf.number].dim() for leaf in leaves
+        )
+
     def result(self, model: nn.Module, values: Mapping[int, Tensor]) -> Any:
         """The model's output, out of the tensors that were computed."""
         return pytree.tree_map(lambda leaf: _fetch(model, values, leaf), self.output)
@@ -322,11 +330,35 @@ def _require_plain(tree: Any, what: str) -> None:
         UsageError: there is one.
     """
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, PackedSequence) or (
-            dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+        if (
+            isinstance(leaf, PackedSequence)
+            or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
+            or _has_tensors(leaf)
         ):
+            kind = type(leaf).__name__
+            instead = (
+                "turn the cache for generation off (config.use_cache = False)"
+                if "Cache" in kind
+                else "use tensors, tuples and dicts"
+            )
             raise UsageError(
                 f"the model cannot be cut into stages: {what!r} deals in objects of the class "
-                f"{type(leaf).__name__}, which cannot be sent; use tensors, tuples and dicts, or "
-                "the strategy sharded"
+                f"{kind}, which cannot be sent; {instead}, or use the strategy sharded"
             )
+
+
+def _has_tensors(leaf: Any, depth: int = 4) -> bool:
+    """Whether an object keeps tensors in its attributes: what one stage puts there, no other sees.
+
+    A cache of keys and values is such.
+    """
+    inside: Any = ()
+    if isinstance(leaf, list | tuple):
+        inside = leaf
+    elif isinstance(leaf, dict):
+        inside = leaf.values()
+    elif not isinstance(leaf, Tensor | nn.Module | type) and not callable(leaf):
+        inside = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+    return any(
+        isinstance(each, Tensor) or (depth > 0 and _has_tensors(each, depth - 1)) for each in inside
+    )

@@ -182,6 +182,7 @@ class PipelineRunner(Synchronous):
         self.blueprint = Blueprint(model, world.device, share=1 / (2 * self.total))
         self.plan = plan(task, context, model, self.blueprint, counts, samples, self.total)
         self.micro_batches, uses = self.plan.micro_batches, self.plan.uses
+        self.even = self.plan.recording.has_figures  # a loss of its own, over all that it was given
         self.axes = axes = lay_out(context, degree)
         self.numbers = range(axes.model.index, self.total, degree)
         held = uses.held(self.plan.borders)
@@ -213,7 +214,7 @@ class PipelineRunner(Synchronous):
         """All micro-batches through the stages; returns what the batch counts for."""
         stage = self.axes.model.index
         torch.manual_seed(mix(self.task.seed, "step", batch.step, self.data.index, "stage", stage))
-        loads = [pieces(micro, self.micro_batches) for micro in batch.micro_batches]
+        loads = [pieces(micro, self.micro_batches, self.even) for micro in batch.micro_batches]
         weights = [[self.objective.weight(piece) for piece in load] for load in loads]
         counted = self.count_later([sum(map(sum, weights))])
         total = float(batch.total)
@@ -301,7 +302,7 @@ class PipelineRunner(Synchronous):
         weight, sums = 0.0, dict.fromkeys(names, 0.0)
         for micro in batch.micro_batches:
             self.participation.counts = micro.count > 0
-            load = pieces(micro, self.micro_batches)
+            load = pieces(micro, self.micro_batches, self.even)
 
             def measure(output: Any, number: int, load: Any = load) -> Tensor:
                 nonlocal weight
