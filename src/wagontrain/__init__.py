@@ -1,6 +1,7 @@
 """wagontrain: train one PyTorch model over the machines you have."""
 
 from wagontrain import nn
+from wagontrain.callbacks import Callback, EarlyStopping
 from wagontrain.errors import (
     LossError,
     ModelError,
@@ -23,7 +24,9 @@ from wagontrain.transport import Context
 from wagontrain.version import __version__
 
 __all__ = [
+    "Callback",
     "Context",
+    "EarlyStopping",
     "Evaluation",
     "LossError",
     "ModelError",

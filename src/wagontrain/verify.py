@@ -366,9 +366,9 @@ def turn_off_dropout(model: nn.Module) -> bool:
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             found |= module.dropout > 0
             module.dropout = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):  # Hugging Face's
-            found |= module.attention_dropout > 0  # type: ignore[operator]
-            module.attention_dropout = 0.0
+        elif isinstance(probability := getattr(module, "attention_dropout", None), float):
+            found |= probability > 0  # Hugging Face's
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  nn.Module has no such one
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from wagontrain.batches import MicroBatch
-from wagontrain.building import initialise, skeleton, whole_or_skeleton
+from wagontrain.building import initialise, require_uncompiled, skeleton, whole_or_skeleton
 from wagontrain.errors import ModelError, UsageError
 from wagontrain.layout import Layout
 from wagontrain.objective import Objective
@@ -69,6 +69,7 @@ def prepare(task: Task, context: Context, without_memory: bool = False) -> Prepa
     """
     device = context.world.device
     model = whole_or_skeleton(task, context)
+    require_uncompiled(model, "divides the layers")
     micro = trial_batch(task, device)
     if not next(model.parameters()).is_meta:
         model = model.to(device)

@@ -224,6 +224,7 @@ class _Recorder(TorchFunctionMode):
         }
         self._numbers: dict[int, int] = {}
         self._made: dict[int, list[tuple[int, Tensor]]] = {}
+        self._bare: set[int] = set()  # computed without gradients
         self._inside = False
         self._device = device.type
         self._autocast = torch.is_autocast_enabled(self._device)
@@ -274,6 +275,10 @@ class _Recorder(TorchFunctionMode):
             self._note_change(value, position)
         numbers = self.add(results)
         differentiated = torch.is_grad_enabled()
+        if not differentiated:
+            self._bare.update(
+                n for n, value in zip(numbers, results, strict=True) if not value.requires_grad
+            )
         self.recording.calls.append(
             Call(target, tuple(leaves), structure, numbers, names, differentiated)
         )
@@ -298,8 +303,15 @@ class _Recorder(TorchFunctionMode):
     def _name(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) in self._numbers:
-            return Value(self._numbers[id(leaf)])
+        number = self._numbers.get(id(leaf))
+        if number in self._bare and leaf.requires_grad:
+            raise UsageError(
+                "the model cannot be cut into stages: what it computes without gradients gets one "
+                "afterwards, by a custom autograd function (torch.utils.checkpoint with "
+                "use_reentrant=True, say); say use_reentrant=False, or use the strategy sharded"
+            )
+        if number is not None:
+            return Value(number)
         if id(leaf) in self._names:
             return Held(self._names[id(leaf)])
         raise UsageError(

@@ -28,7 +28,13 @@ from torch.utils import _pytree as pytree
 
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batches import Batch, MicroBatch, mix
-from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
+from wagontrain.building import (
+    initialise,
+    require_room,
+    require_uncompiled,
+    skeleton,
+    whole_or_skeleton,
+)
 from wagontrain.costs import Costs
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.figures import GatheredFigures
@@ -171,6 +177,7 @@ class PipelineRunner(Synchronous):
     def __init__(self, strategy: Pipeline, task: Task, context: Context, degree: int) -> None:
         world = context.world
         model = whole_or_skeleton(task, context)
+        require_uncompiled(model, "cuts the model into stages")
         bare = next(model.parameters()).is_meta
         self.kind = strategy.schedule
         self.total = degree * (2 if self.kind == "interleaved" else 1)
