@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import wagontrain as wt
 from tests.commands import wagontrain
 from tests.gang import Gang
-from tests.hugging_face import MODELS, gpt2, sentences
+from tests.hugging_face import LENGTH, MODELS, WORDS, gpt2, sentences
 from wagontrain import verify
 from wagontrain.objective import Objective
 from wagontrain.reference import Trace, train_plainly
@@ -185,6 +186,95 @@ def test_verify_holds_with_servers_too(model: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert '"passed": true' in done.stdout
+
+
+# --- heads --------------------------------------------------------------------------------------
+
+
+def _mistral(**changes: Any) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_SIZES, **changes))
+
+
+def _qwen2(**changes: Any) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **changes))
+
+
+_SIZES = {
+    "vocab_size": WORDS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 24, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+KINDS = {"mistral": _mistral, "qwen2": _qwen2}
+
+
+def _divided(context: Context, kind: str, changes: dict[str, Any], settings: Any) -> Any:
+    """How layers are divided, what training came to, and how many bytes went in a step."""
+    model = partial(KINDS.get(kind, MODELS["llama"]().model), **changes)
+    with verify.computing_in("float64"):
+        made = dataclasses.replace(MODELS["llama"](), model=model)
+        if settings.pop("dropout off", True):
+            made, _ = verify.prepared(made, "float64")
+        else:
+            plain = made.model
+            made = dataclasses.replace(made, model=lambda: plain().double())
+        run = wt.Run(made, wt.make_strategy("split-weights", settings), context)
+        reports = [run.step(batch) for batch in run.batches()]
+        run.check_replicas()
+        dims = {name: layout.dim for name, layout in run.runner.layouts.items()}
+        state = run.runner.state_dict()["model"]
+        trace = Trace.of([report.loss or 0.0 for report in reports], made.build_model(), state)
+        run.close()
+    return dims, trace, sum(report.sent or 0 for report in reports)
+
+
+def _alone(kind: str) -> Trace:
+    with verify.computing_in("float64"):
+        made = dataclasses.replace(MODELS["llama"](), model=KINDS[kind])
+        return train_plainly(verify.prepared(made, "float64")[0], torch.device("cpu"), 0, STEPS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_heads_and_gates_are_divided(gang: Gang, kind: str) -> None:
+    for dims, trace, _ in gang.run(2, _divided, kind, {}, {}):
+        layer = {name.split("layers.1.")[1]: d for name, d in dims.items() if "layers.1." in name}
+        assert {layer[f"self_attn.{each}_proj.weight"] for each in "qkv"} == {0}
+        assert layer["self_attn.o_proj.weight"] == layer["mlp.down_proj.weight"] == 1
+        verdict = verify.compare(
+            trace, _alone(kind), wt.make_strategy("split-weights"), 2, "float64"
+        )
+        assert verdict.passed, verdict
+
+
+def test_divided_heads_send_less_than_columns(gang: Gang) -> None:
+    """With weights of attention that somebody may look at, columns alone are gathered."""
+    (_, _, together), _ = gang.run(2, _divided, "llama", {}, {})
+    (dims, trace, apart), _ = gang.run(2, _divided, "llama", {"attn_implementation": "eager"}, {})
+    assert dims["model.layers.0.self_attn.o_proj.weight"] == 0
+    assert verify.compare(
+        trace, expected("llama"), wt.make_strategy("split-weights"), 2, "float64"
+    ).passed
+    assert together < 0.9 * apart
+
+
+def test_heads_that_do_not_divide_are_split_by_columns(gang: Gang) -> None:
+    """Two heads for keys cannot be shared by three ranks."""
+    for dims, trace, _ in gang.run(3, _divided, "llama", {}, {}):
+        assert dims["model.layers.0.self_attn.o_proj.weight"] == 0
+        assert verify.compare(
+            trace, expected("llama"), wt.make_strategy("split-weights"), 3, "float64"
+        ).passed
+
+
+def test_dropout_of_attention_leaves_ranks_alike(gang: Gang) -> None:
+    """Heads of other ranks are dropped by other numbers, and all go on with the same ones."""
+    dropping = {"attention_dropout": 0.5}
+    (_, first, _), (_, second, _) = gang.run(2, _divided, "llama", dropping, {"dropout off": False})
+    assert first.losses == second.losses
+    assert all(first.parameters[name].equal(second.parameters[name]) for name in first.parameters)
+    assert first.losses != gang.run(2, _divided, "llama", {}, {})[0][1].losses
 
 
 def test_sequences_are_of_uneven_lengths() -> None:

@@ -75,7 +75,7 @@ class Task:
     model: Callable[[], nn.Module]
     loss: Measure
     optimizer: Callable[..., Optimizer]
-    train: Dataset[Any]
+    train: Dataset[Any] | DataLoader[Any]
     batch_size: int = 0
     epochs: int = 1
     validation: Dataset[Any] | None = None
@@ -160,12 +160,14 @@ class Task:
 
     def _take_loaders_apart(self) -> None:
         """Put what DataLoaders of one's own say into this task's fields."""
-        if isinstance(self.train, DataLoader):
-            found = data.of_loader(self.train, self.batch_size, self.collate)
+        given: Any = self.train
+        if isinstance(given, DataLoader):
+            found = data.of_loader(given, self.batch_size, self.collate)
             for name, value in found.items():
                 object.__setattr__(self, name, value)
-        if isinstance(self.validation, DataLoader):
-            plain = data.of_validation_loader(self.validation, self.collate)
+        given = self.validation
+        if isinstance(given, DataLoader):
+            plain = data.of_validation_loader(given, self.collate)
             object.__setattr__(self, "validation", plain)
 
     @property
