@@ -181,11 +181,12 @@ class Batches:
     def of_training(cls, task: Task, device: torch.device, cut: Cut = Cut()) -> Batches:
         """The training batches of `task` for the rank that `cut` names."""
         order = Order(task.samples, task.batch_size, task.seed, task.shuffle)
+        given: Any = task.train  # a DataLoader was taken apart
         data: Dataset[Any] | Stream
         if task.is_stream:
-            data = Stream(task.train, exhaustive=task.epoch_samples is None)
+            data = Stream(given, exhaustive=task.epoch_samples is None)
         else:
-            data = seeded(task.train, task.seed)
+            data = seeded(given, task.seed)
             if task.sampler is not None:
                 order = SampledOrder(
                     order.samples, order.batch_size, order.seed, False, task.sampler

@@ -98,6 +98,30 @@ def require_streamable(shuffle: bool, sampler: Any, loader_workers: int) -> None
         )
 
 
+def taken_apart(
+    train: Any, validation: Any, batch_size: int, collate: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields of a task that DataLoaders given as its data stand for.
+
+    Args:
+        train: the task's; anything.
+        validation: the task's; anything.
+        batch_size: the task's; 0 where the loader's is meant.
+        collate: the task's.
+
+    Raises:
+        TaskError: something of a loader cannot be honoured; says what and why.
+    """
+    first: dict[str, Any] = {}
+    second: dict[str, Any] = {}
+    if isinstance(train, DataLoader):
+        first = of_loader(train, batch_size, collate)
+    if isinstance(validation, DataLoader):
+        own = first.get("collate", collate)
+        second["validation"] = of_validation_loader(validation, own)
+    return first, second
+
+
 def of_loader(loader: DataLoader[Any], batch_size: int, collate: Any) -> dict[str, Any]:
     """The fields of a task that a DataLoader for training stands for.
 

@@ -226,7 +226,7 @@ class Objective:
         if _can_be_cut((output, micro.target), samples):
 
             def loss_of(cut: slice) -> tuple[float, float]:
-                return self._loss_of(*_cut((output, micro.target), cut))
+                return self._loss_of(*_cut((output, micro.target), cut), cut.stop - cut.start)
 
         elif _can_be_cut((micro.inputs, micro.target), samples):  # a loss inside the output, say
 
@@ -234,7 +234,7 @@ class Objective:
                 count = cut.stop - cut.start
                 inputs, target = _cut((micro.inputs, micro.target), cut)
                 part = MicroBatch(inputs, target, count, count)
-                return self._loss_of(self._detached_output(model, part), target)
+                return self._loss_of(self._detached_output(model, part), target, count)
 
             if loss_of(everything) != loss_of(everything):
                 return  # its forward draws random numbers
@@ -259,11 +259,10 @@ class Objective:
         with self.precision():  # with gradients: some models differentiate in their forward
             return pytree.tree_map(_detached, self.forward(model, micro))
 
-    def _loss_of(self, output: Any, target: Any) -> tuple[float, float]:
+    def _loss_of(self, output: Any, target: Any, count: int) -> tuple[float, float]:
         """Loss and weight of some samples."""
         with torch.no_grad(), self.precision():
             loss = float(self.task.loss(output, target))
-        count = len(pytree.tree_leaves(target)[0])
         return loss, self.weight(MicroBatch(None, target, count, count))
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Evaluation:

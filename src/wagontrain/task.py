@@ -160,15 +160,11 @@ class Task:
 
     def _take_loaders_apart(self) -> None:
         """Put what DataLoaders of one's own say into this task's fields."""
-        given: Any = self.train
-        if isinstance(given, DataLoader):
-            found = data.of_loader(given, self.batch_size, self.collate)
-            for name, value in found.items():
-                object.__setattr__(self, name, value)
-        given = self.validation
-        if isinstance(given, DataLoader):
-            plain = data.of_validation_loader(given, self.collate)
-            object.__setattr__(self, "validation", plain)
+        train, validation = data.taken_apart(
+            self.train, self.validation, self.batch_size, self.collate
+        )
+        for name, value in (train | validation).items():
+            object.__setattr__(self, name, value)
 
     @property
     def is_stream(self) -> bool:
