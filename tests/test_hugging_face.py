@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import wagontrain as wt
-from tests.commands import wagontrain
+from tests.commands import ROOT, wagontrain
 from tests.gang import Gang
 from tests.hugging_face import LENGTH, MODELS, WORDS, gpt2, sentences
 from wagontrain import verify
@@ -179,8 +179,12 @@ def _logits(context: Context, own: bool) -> list[float]:
 @pytest.mark.parametrize("model", ["gpt2", "bert", "vit", "llama"])
 def test_verify_holds_with_servers_too(model: str, tmp_path: Path) -> None:
     """In synchronous steps a parameter server is exact; and this is the command people type."""
+    file = tmp_path / "job.py"
+    file.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom tests.hugging_face import {model}\n"
+    )
     done = wagontrain(
-        "verify", f"{Path(__file__).parent / 'hugging_face.py'}:{model}", "--strategy",
+        "verify", f"{file}:{model}", "--strategy",
         "parameter-server", "--set", "consistency=synchronous", "--workers", "2", "--steps", "4",
         "--json", folder=tmp_path, limit=120,
     )  # fmt: skip

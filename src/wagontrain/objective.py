@@ -226,7 +226,8 @@ class Objective:
         if _can_be_cut((output, micro.target), samples):
 
             def loss_of(cut: slice) -> tuple[float, float]:
-                return self._loss_of(*_cut((output, micro.target), cut), cut.stop - cut.start)
+                part, target = _cut((output, micro.target), cut)
+                return self._loss_of(part, target, cut.stop - cut.start)
 
         elif _can_be_cut((micro.inputs, micro.target), samples):  # a loss inside the output, say
 
