@@ -48,6 +48,5 @@ def test_others(name: str, after: float, tmp_path: Path) -> None:
 
 @pytest.mark.whole
 def test_ray_train(after: float, tmp_path: Path) -> None:
-    pytest.importorskip("ray.train.torch")
     found = trained("ray_train_before.py", tmp_path, alone=True, limit=200)
     assert found == pytest.approx(after, abs=2e-6)

@@ -1,12 +1,13 @@
 """With Ray Train: python ray_train_before.py"""
 
 import sys
+import tempfile
 from pathlib import Path
 
 import ray.train
 import torch
 import torch.nn.functional as F
-from ray.train import ScalingConfig
+from ray.train import Checkpoint, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, prepare_data_loader, prepare_model
 from torch.utils.data import DataLoader
 
@@ -32,9 +33,16 @@ def work() -> None:
 
     with torch.no_grad():
         x, y = data.tensors
-        ray.train.report({"loss": float(F.cross_entropy(model.module(x), y))})
+        loss = float(F.cross_entropy(model.module(x), y))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = None
+        if ray.train.get_context().get_world_rank() == 0:
+            torch.save(model.module.state_dict(), Path(folder) / "weights.pt")
+            checkpoint = Checkpoint.from_directory(folder)
+        ray.train.report({"loss": loss}, checkpoint=checkpoint)
 
 
 if __name__ == "__main__":
-    result = TorchTrainer(work, scaling_config=ScalingConfig(num_workers=2)).fit()
+    workers, kept = ScalingConfig(num_workers=2), RunConfig(storage_path=str(Path.cwd() / "ray"))
+    result = TorchTrainer(work, scaling_config=workers, run_config=kept).fit()
     print(f"loss {result.metrics['loss']:.6f}")
