@@ -113,6 +113,34 @@ def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
 
 
 @pytest.mark.whole
+def test_hf_gpt2_learns(tmp_path: Path) -> None:
+    done = wagontrain(
+        "run", str(EXAMPLES / "hf_gpt2.py"), "--workers", "2", "--strategy", "data-parallel",
+        "--steps", "20", "--run-dir", "R", folder=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    losses = [
+        event["loss"]
+        for line in (tmp_path / "R" / "events.jsonl").read_text().splitlines()
+        if (event := json.loads(line))["kind"] == "step"
+    ]
+    assert losses[0] > 5
+    assert losses[-1] < 3.8
+
+
+def test_hf_gpt2_guesses_every_byte_of_a_sentence_and_no_filling(examples: Any) -> None:
+    module = examples("hf_gpt2")
+    data = module.Sentences(["Jesus wept."])
+    record = data[0]
+    real = record["labels"] != -100
+    assert bytes(record["input_ids"][real].tolist()) == b"Jesus wept.\0"
+    assert record["attention_mask"].sum() == real.sum() == 12
+    groups = module.without_decay(module.model()).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(value.ndim > 1 for value in groups[0]["params"])
+
+
+@pytest.mark.whole
 def test_flights_keeps_its_large_tables_on_the_servers(tmp_path: Path) -> None:
     done = wagontrain(
         "run", str(EXAMPLES / "flights.py"), "--strategy", "parameter-server", "--workers", "2",

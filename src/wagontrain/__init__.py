@@ -1,6 +1,7 @@
 """wagontrain: train one PyTorch model over the machines you have."""
 
 from wagontrain import nn
+from wagontrain.callbacks import Callback, EarlyStopping
 from wagontrain.errors import (
     LossError,
     ModelError,
@@ -14,6 +15,7 @@ from wagontrain.errors import (
 from wagontrain.jobs import Result, connect, fit
 from wagontrain.mesh import World
 from wagontrain.objective import Evaluation
+from wagontrain.outputs import count_labels, loss_of_output
 from wagontrain.registry import discover, make_strategy
 from wagontrain.strategy import Runner, StepReport, StepTimes, Strategy
 from wagontrain.task import Task
@@ -22,7 +24,9 @@ from wagontrain.transport import Context
 from wagontrain.version import __version__
 
 __all__ = [
+    "Callback",
     "Context",
+    "EarlyStopping",
     "Evaluation",
     "LossError",
     "ModelError",
@@ -42,8 +46,10 @@ __all__ = [
     "World",
     "__version__",
     "connect",
+    "count_labels",
     "discover",
     "fit",
+    "loss_of_output",
     "make_strategy",
     "nn",
 ]

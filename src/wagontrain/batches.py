@@ -16,7 +16,7 @@ import hashlib
 import random
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from wagontrain.errors import ModelError, TaskError
 from wagontrain.mesh import equal_shares, ranges, shares
+from wagontrain.streams import Stream
 from wagontrain.task import Task, describe, origin, place, seeded_numbers
 from wagontrain.transport import fingerprints
 
@@ -64,6 +65,39 @@ class Order:
         """Positions in the epoch's order that step `step` of the epoch takes."""
         start = step * self.batch_size
         return range(start, min(start + self.batch_size, self.samples))
+
+
+@dataclass(frozen=True)
+class SampledOrder(Order):
+    """The order that a sampler gives, seeded for every epoch."""
+
+    sampler: Any = None
+
+    def epoch(self, epoch: int) -> Tensor:
+        """All dataset indices in this epoch's order, int64 of shape [samples].
+
+        Raises:
+            TaskError: the sampler gives another order when asked again, or not as many.
+        """
+        first, again = self._asked(epoch), self._asked(epoch) if epoch == 0 else None
+        if again is not None and not torch.equal(first, again):
+            raise TaskError(
+                f"Task.sampler ({type(self.sampler).__name__}) gives another order when it is "
+                "asked again for the same epoch, so that no run could be resumed: have it draw by "
+                "torch's random numbers, which are seeded for every epoch"
+            )
+        if len(first) != self.samples:
+            raise TaskError(
+                f"Task.sampler ({type(self.sampler).__name__}) gives {len(first)} samples in epoch "
+                f"{epoch}, but its length is {self.samples}"
+            )
+        return first
+
+    def _asked(self, epoch: int) -> Tensor:
+        with seeded_numbers(mix(self.seed, "order", epoch)):
+            if callable(set_epoch := getattr(self.sampler, "set_epoch", None)):
+                set_epoch(epoch)
+            return torch.tensor(list(self.sampler), dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -125,7 +159,7 @@ class Batches:
     """The batches of one rank, exactly resumable from any (epoch, step).
 
     Args:
-        dataset: map-style dataset of `(input, target)`.
+        dataset: map-style dataset of `(input, target)`, or a stream.
         order: which samples each step takes.
         cut: how a batch is divided among ranks.
         pieces: micro-batches per batch.
@@ -134,7 +168,7 @@ class Batches:
         loader_workers: data-loading processes.
     """
 
-    dataset: Dataset[Any]
+    dataset: Dataset[Any] | Stream
     order: Order
     cut: Cut = Cut()
     pieces: int = 1
@@ -147,8 +181,18 @@ class Batches:
     def of_training(cls, task: Task, device: torch.device, cut: Cut = Cut()) -> Batches:
         """The training batches of `task` for the rank that `cut` names."""
         order = Order(task.samples, task.batch_size, task.seed, task.shuffle)
+        given: Any = task.train  # a DataLoader was taken apart
+        data: Dataset[Any] | Stream
+        if task.is_stream:
+            data = Stream(given, exhaustive=task.epoch_samples is None)
+        else:
+            data = seeded(given, task.seed)
+            if task.sampler is not None:
+                order = SampledOrder(
+                    order.samples, order.batch_size, order.seed, False, task.sampler
+                )
         return cls(
-            seeded(task.train, task.seed),
+            data,
             order,
             cut,
             task.accumulate,
@@ -171,9 +215,36 @@ class Batches:
         """This rank's batches of one epoch, from step `first_step` of the epoch on."""
         if not 0 <= first_step <= self.order.steps:
             raise ValueError(f"step {first_step} is not in an epoch of {self.order.steps} steps")
+        if isinstance(self.dataset, Stream):
+            return self._streamed(self.dataset, epoch, first_step)
         order = self.order.epoch(epoch)
         steps = [(step, self.order.positions(step)) for step in range(first_step, self.order.steps)]
         return self._batches(epoch, order, steps, self.cut)
+
+    def _streamed(self, stream: Stream, epoch: int, first_step: int) -> Iterator[Batch]:
+        """Batches of a stream: all of it is read, and this rank's share kept."""
+        reading = stream.begin(epoch, mix(self.order.seed, "stream", epoch))
+        reading.skip(min(first_step * self.order.batch_size, self.order.samples))
+        collate = self.collate or default_collate
+        for step in range(first_step, self.order.steps):
+            began = time.perf_counter()
+            positions = self.order.positions(step)
+            samples = reading.take(len(positions))
+            if stream.exhaustive and step == self.order.steps - 1:
+                reading.require_end()
+            pieces = self.cut.micro_batches(positions, self.pieces)
+            micro_batches = tuple(
+                self._micro_batch(
+                    collate([samples[at - positions.start] for at in mine or piece[:1]]),
+                    len(mine),
+                    len(piece),
+                )
+                for piece, mine in pieces
+            )
+            yield Batch(
+                epoch, epoch * self.order.steps + step, positions,
+                tuple(mine for _, mine in pieces), micro_batches, time.perf_counter() - began,
+            )  # fmt: skip
 
     def part(self, epoch: int, step: int, positions: range, cut: Cut) -> Batch:
         """A share of some of an epoch's samples, whichever: for work that is handed out piece by
@@ -224,16 +295,20 @@ class Batches:
             ) from error
 
     def _micro_batch(self, collated: Any, count: int, total: int) -> MicroBatch:
+        if isinstance(collated, Mapping):  # input and target at once, labels among them
+            record = place(dict(collated), self.device)
+            return MicroBatch(record, record, count, total)
         if not isinstance(collated, tuple | list) or len(collated) != 2:
             raise TaskError(
                 f"the data set gives samples that collate to {describe(collated)}: "
-                "each sample has to be a pair (input, target)"
+                "each sample has to be a pair (input, target), or a dict that is both"
             )
         inputs, target = place(collated, self.device) if self.device.type != "cpu" else collated
         return MicroBatch(inputs, target, count, total)
 
     def _load(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[Any]:
         """The collated samples of each part in turn, `parts` being dataset indices."""
+        assert not isinstance(self.dataset, Stream)
         if isinstance(self.dataset, SeededDataset):
             self._sampler.epoch = epoch
         elif self.loader_workers == 0 and self.collate is None:
@@ -250,6 +325,7 @@ class Batches:
 
     @cached_property
     def _loader(self) -> DataLoader[Any]:
+        assert not isinstance(self.dataset, Stream)
         return DataLoader(
             self.dataset,
             batch_sampler=self._sampler,
@@ -266,18 +342,32 @@ class Batches:
 def few_samples(batches: Batches) -> list[int]:
     """The number of samples, and fingerprints of the first (twice), the middle and the last.
 
-    Ranks compare them: a data set that each has built or split at random by itself would train
-    on some samples twice and validate on others that were trained on, and nobody would notice.
+    Of a stream its beginning, read twice. Ranks compare them: a data set that each has built or
+    split at random by itself would train on some samples twice and validate on others that were
+    trained on, and nobody would notice.
     """
-    last = batches.order.samples - 1
+    data = batches.dataset
     prints = [batches.order.samples]
-    for index in (0, 0, last // 2, last):
-        key: Any = (0, index) if isinstance(batches.dataset, SeededDataset) else index
-        for leaf in pytree.tree_leaves(batches.dataset[key]):
+    for sample in _some_of(data, batches.order):
+        for leaf in pytree.tree_leaves(sample):
             tensor = leaf if isinstance(leaf, Tensor) else None
             text = str(leaf).encode() if isinstance(leaf, int | float | str | np.ndarray) else b""
             prints.append(fingerprints([tensor])[0] if tensor is not None else zlib.crc32(text))
     return prints
+
+
+def _some_of(data: Dataset[Any] | Stream, order: Order) -> Iterator[Any]:
+    if isinstance(data, Stream):
+        for _ in range(2):
+            reading = data.begin(0, mix(order.seed, "stream", 0))
+            yield from reading.take(min(_FIRST, order.samples))
+        return
+    last = len(data) - 1  # type: ignore[arg-type]
+    for index in (0, 0, last // 2, last):
+        yield data[(0, index)] if isinstance(data, SeededDataset) else data[index]
+
+
+_FIRST = 3
 
 
 class _Parts:

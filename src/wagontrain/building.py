@@ -20,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from wagontrain.batches import mix
+from wagontrain.compiling import is_compiled
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout, full_name, local
 from wagontrain.task import Task, seeded_numbers
@@ -44,6 +47,7 @@ def skeleton(task: Task) -> nn.Module | None:
 def bytes_to_train(model: nn.Module, task: Task) -> int:
     """Bytes for weights, gradients and optimizer state of a whole copy; activations come on top."""
     copies = 2 + state_of_optimizer(model, task)  # weights and gradients, too
+    copies += task.ema is not None
     parameters = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     others = sum(value.nbytes for value in model.parameters() if not value.requires_grad)
     return copies * parameters + others + sum(value.nbytes for value in model.buffers())
@@ -251,6 +255,62 @@ def require_room(task: Task, context: Context) -> None:
             f"a whole copy with gradients and optimizer state takes {gigabytes(needed)} GB, but a "
             f"worker has {gigabytes(least)} GB left: take a strategy that divides it (sharded, "
             "split-weights, hybrid or pipeline)"
+        )
+
+
+def require_uncompiled(model: nn.Module, why: str) -> None:
+    """Refuse torch.compile where layers are changed: what was compiled would know nothing of it.
+
+    Args:
+        model: of a task.
+        why: what the strategy does to it.
+
+    Raises:
+        UsageError: it, or a module in it, is compiled.
+    """
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            what = f"module {name!r}" if name else "the model"
+            raise UsageError(
+                f"{what} is compiled (torch.compile), and this strategy {why}, which the compiled "
+                "code would not see: leave torch.compile out, or use data-parallel or sharded with "
+                "stage=1"
+            )
+
+
+def require_uncompiled_norms(model: nn.Module) -> None:
+    """Refuse a compiled model with batch norm, which takes the statistics of all ranks.
+
+    Raises:
+        UsageError: it has one.
+    """
+    if not any(map(is_compiled, model.modules())):
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise UsageError(
+                f"the model is compiled (torch.compile), and layer {name!r} is a batch norm, which "
+                "takes its statistics over all workers' samples: leave torch.compile out, or use "
+                "another norm (GroupNorm, LayerNorm)"
+            )
+
+
+def require_same_groups(task: Task, optimizer: Optimizer) -> None:
+    """Refuse groups of parameters that come out otherwise where a rank has parts of tensors.
+
+    Raises:
+        TaskError: they hang on the sizes of tensors.
+    """
+    groups = optimizer.param_groups
+    plain = skeleton(task) if len(groups) > 1 else None
+    if plain is None:
+        return
+    expected = task.build_optimizer(plain, closures=True).param_groups
+    if [len(group["params"]) for group in groups] != [len(each["params"]) for each in expected]:
+        raise TaskError(
+            "Task.optimizer makes other groups of parameters here than on one process, because "
+            "it goes by their sizes, and a rank has parts of them: go by their names, or by their "
+            "number of dims"
         )
 
 

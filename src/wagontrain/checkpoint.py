@@ -341,6 +341,8 @@ def restored(context: Context, place: Path) -> Restored:
 def export(checkpoint: Checkpoint, file: Path) -> None:
     """Write the model's weights as one safetensors file, under the plain model's names.
 
+    Where a moving average of them was kept (Task.ema), it is that.
+
     One tensor is in memory at a time. The format: eight bytes with the length of a JSON header,
     the header (type, shape, begin and end of each tensor), the tensors.
 
@@ -364,7 +366,9 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
         with part.open("wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
             for name, (shape, _) in tensors.items():
-                tensor = reader.read({name: Layout(shape)})[name]
+                average = name.replace(_MODEL, _AVERAGE, 1)
+                source = average if average in reader.tensors else name
+                tensor = reader.read({source: Layout(shape)})[source]
                 out.write(as_bytes(tensor).numpy().data)
         flush_to_disk(part)
         part.replace(file)
@@ -373,6 +377,7 @@ def export(checkpoint: Checkpoint, file: Path) -> None:
 
 
 _MODEL = "model."
+_AVERAGE = "ema."
 
 
 def _is_model(name: str) -> bool:

@@ -32,7 +32,7 @@ from wagontrain.progress import Progress
 from wagontrain.registry import make_strategy
 from wagontrain.servers import site as sites
 from wagontrain.servers.client import Client, OverError
-from wagontrain.servers.contract import Crewed
+from wagontrain.servers.contract import Crewed, require_leasable
 from wagontrain.servers.coordinator import Coordinator
 from wagontrain.servers.lines import GivenUpError
 from wagontrain.servers.messages import Description, Look
@@ -93,6 +93,7 @@ def start(
         UsageError: the request cannot be honoured.
         TrainingError: training began and could not go on.
     """
+    require_leasable(task, order.strategy.name)
     if place is not None and place.size > 1:
         return _among(order, task, place, run_dir, label, display)
 

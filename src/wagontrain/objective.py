@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from wagontrain.batches import Batch, Cut, MicroBatch
 from wagontrain.errors import LossError, ModelError, TaskError, WagontrainError
 from wagontrain.layout import local
+from wagontrain.outputs import leaves_out, loss_of_output
 from wagontrain.task import Task, call_model, describe, origin
 from wagontrain.watch import lost_peer
 
@@ -192,6 +193,12 @@ class Objective:
         if micro.count == 0:
             return 0.0
         if self.task.weight is None:
+            if self.task.loss is loss_of_output and leaves_out(micro.target):
+                raise TaskError(
+                    "some labels are -100 and do not count, so that the model's own loss is a mean "
+                    "over something else than samples: give Task.weight=wt.count_labels, or for a "
+                    "causal language model partial(wt.count_labels, shifted=True)"
+                )
             return float(micro.count)
         try:
             weight = float(self.task.weight(micro.target))
@@ -212,37 +219,52 @@ class Objective:
         Raises:
             TaskError: the loss of all is not the mean of the losses of two parts.
         """
-        with self.precision():  # with gradients: some models differentiate in their forward
-            output = pytree.tree_map(_detached, self.forward(model, micro))
-        samples = micro.count
-        leaves = pytree.tree_leaves((output, micro.target))
-        if samples < 2 or not all(
-            isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples for leaf in leaves
-        ):
+        output, samples = self._detached_output(model, micro), micro.count
+        if samples < 2:
             return
-        whole, weight = self._loss_of(output, micro.target, slice(0, samples))
+        everything, tolerance = slice(0, samples), 0.02
+        if _can_be_cut((output, micro.target), samples):
+
+            def loss_of(cut: slice) -> tuple[float, float]:
+                part, target = _cut((output, micro.target), cut)
+                return self._loss_of(part, target, cut.stop - cut.start)
+
+        elif _can_be_cut((micro.inputs, micro.target), samples):  # a loss inside the output, say
+
+            def loss_of(cut: slice) -> tuple[float, float]:
+                count = cut.stop - cut.start
+                inputs, target = _cut((micro.inputs, micro.target), cut)
+                part = MicroBatch(inputs, target, count, count)
+                return self._loss_of(self._detached_output(model, part), target, count)
+
+            if loss_of(everything) != loss_of(everything):
+                return  # its forward draws random numbers
+            # Nothing but rounding is in it; a weight that is one too high per sequence is little.
+            tolerance = 0.02 if self.task.precision == "bfloat16" else 1e-4
+        else:
+            return
+        whole, weight = loss_of(everything)
         for border in {1, samples // 2}:
-            parts = [
-                self._loss_of(output, micro.target, cut)
-                for cut in (slice(0, border), slice(border, samples))
-            ]
+            parts = [loss_of(cut) for cut in (slice(0, border), slice(border, samples))]
             if not weight or not all(part for _, part in parts) or not math.isfinite(whole):
                 continue
             mean = sum(loss * part for loss, part in parts) / sum(part for _, part in parts)
-            if not math.isclose(whole, mean, rel_tol=0.02, abs_tol=1e-5):
+            if not math.isclose(whole, mean, rel_tol=tolerance, abs_tol=1e-5):
                 raise TaskError(
-                    f"the loss is not a mean over the samples given: {whole:.4g} for {samples} of "
-                    f"them, but {mean:.4g} as the mean over two parts; use a mean, and "
+                    f"the loss is not a mean over the samples given: {whole:.6g} for {samples} of "
+                    f"them, but {mean:.6g} as the mean over two parts; use a mean, and "
                     "Task.weight if it is one over something else than samples"
                 )
 
-    def _loss_of(self, output: Any, target: Any, cut: slice) -> tuple[float, float]:
-        """Loss and weight of some of the samples."""
-        part, wanted = pytree.tree_map(lambda leaf: leaf[cut], (output, target))
+    def _detached_output(self, model: Callable[..., Any], micro: MicroBatch) -> Any:
+        with self.precision():  # with gradients: some models differentiate in their forward
+            return pytree.tree_map(_detached, self.forward(model, micro))
+
+    def _loss_of(self, output: Any, target: Any, count: int) -> tuple[float, float]:
+        """Loss and weight of some samples."""
         with torch.no_grad(), self.precision():
-            loss = float(self.task.loss(part, wanted))
-        count = cut.stop - cut.start
-        return loss, self.weight(MicroBatch(None, wanted, count, count))
+            loss = float(self.task.loss(output, target))
+        return loss, self.weight(MicroBatch(None, target, count, count))
 
     def evaluate(self, model: Callable[..., Any], batch: Batch) -> Evaluation:
         """Loss and metrics of the task on this rank's share, as weighted sums.
@@ -319,7 +341,21 @@ def nothing(output: Any) -> Tensor:
     tensors = [value for value in _tensors_in(output) if value.requires_grad]
     if not tensors:
         raise ModelError("the model's output holds no tensor that depends on its parameters")
+    # A loss in it is a mean over nothing, which is no number.
+    tensors = [value for value in tensors if value.dim()] or tensors
     return torch.stack([(value * 0).sum().float() for value in tensors]).sum()
+
+
+def _can_be_cut(tree: Any, samples: int) -> bool:
+    """Whether all in a nest are tensors with one entry for each sample."""
+    return all(
+        isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == samples
+        for leaf in pytree.tree_leaves(tree)
+    )
+
+
+def _cut(tree: Any, cut: slice) -> Any:
+    return pytree.tree_map(lambda leaf: leaf[cut], tree)
 
 
 def _detached(leaf: Any) -> Any:

@@ -182,6 +182,10 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
     values = ", ".join(f"{name} {value:.4f}" for name, value in summary["validation"].items())
     loss = summary["train_loss"]
     lines = [f"done in {duration(summary['seconds'])}: {summary['steps']:,} steps"]
+    if summary.get("stopped"):
+        lines += textwrap.wrap(
+            f"  stopped     {summary['stopped']}", 79, subsequent_indent=" " * 14
+        )
     if loss is not None:
         lines.append(f"  training    loss {loss:.4f} (mean over the last epoch)")
     if values:

@@ -11,6 +11,7 @@ dashes is the strategy's name everywhere.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -148,6 +149,15 @@ class Runner(ABC):
     def news(self) -> Sequence[Settled]:
         """What became known of past steps otherwise than by a step's report, since last asked."""
         return ()
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the model computes with the moving average of its weights, if it keeps one."""
+        return contextlib.nullcontext()
+
+    @property
+    def average(self) -> Any:
+        """The moving average of the weights (Task.ema), where the strategy keeps one; else None."""
+        return None
 
     def restore(self, source: Source) -> None:
         """Take up a saved state. Called on every rank."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from wagontrain.axes import Axis, whole_world
 from wagontrain.batches import Batch, Cut, MicroBatch, mix
 from wagontrain.batchnorm import Participation, global_batch_norm
+from wagontrain.building import require_same_groups, require_uncompiled_norms
 from wagontrain.errors import LossError, ModelError, ReplicaError
 from wagontrain.figures import Figures, GatheredFigures
 from wagontrain.layout import Layout, local
 from wagontrain.objective import Evaluation, Objective, Update, nothing, require_finite
 from wagontrain.replication import Buckets, Replication
-from wagontrain.state import Training
+from wagontrain.smoothing import WeightAverage
+from wagontrain.state import Held, Source, Training
 from wagontrain.strategy import Runner, StepReport, StepTimes
 from wagontrain.task import Task, trainable
 from wagontrain.transport import Context, Pending, Stopwatch, fingerprints
@@ -70,6 +72,8 @@ class Synchronous(Runner):
         }
         divided = any(layout.dim is not None for layout in self.layouts.values())
         self.update = Update(task, model, self._norm if divided else None)
+        require_same_groups(task, self.update.optimizer)
+        self._average: WeightAverage | None = None
         self.objective = Objective(task, world.device)
         # Ranks that see the same samples have the same loss: the first of them tells it.
         self.shares = self._shares()
@@ -83,6 +87,7 @@ class Synchronous(Runner):
         self.ready: Any = None
         self._before: Marks | None = None
         if self.data.side is not None:
+            require_uncompiled_norms(model)
             self.open.enter_context(global_batch_norm(model, self.data.side, self.participation))
         model.train()
 
@@ -120,6 +125,25 @@ class Synchronous(Runner):
     def exchange(self) -> None:
         """Exchange what the backward pass did not: for strategies to fill in."""
 
+    @property
+    def average(self) -> WeightAverage | None:
+        """The moving average of the weights, made when it is first asked for."""
+        if self._average is None and self.task.ema is not None:
+            self._average = WeightAverage(self.model, self.layouts, self.task.ema)
+        return self._average
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model computes with the average, if there is one."""
+        if (average := self.average) is None:
+            yield
+            return
+        with average.shown():
+            try:
+                yield
+            finally:
+                self.settle(whole=False)
+
     # --- one step -------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepReport:
@@ -133,7 +157,7 @@ class Synchronous(Runner):
         if not self.model.training:
             self.model.train()
         marks = Marks(self.clock, batch.seconds)
-        self.ready = None
+        self.ready, average = None, self.average
         self.update.begin()
         # Dropout and the like: the same in a run that was resumed, but not on every rank.
         torch.manual_seed(mix(self.task.seed, "step", batch.step, self.data.index))
@@ -154,6 +178,8 @@ class Synchronous(Runner):
         else:
             self.update.apply(self.replication.arrivals())
             marks.waited = self.replication.waited
+        if average is not None:
+            average.update()
         marks.stop = self.clock.mark()
         before = None
         if self._before is not None:
@@ -244,7 +270,16 @@ class Synchronous(Runner):
     @property
     def training(self) -> Training:
         """All that has state here."""
-        return Training(self.model, self.layouts, self.update.optimizer, self.update.scheduler)
+        return Training(
+            self.model, self.layouts, self.update.optimizer, self.update.scheduler,
+            more=self.average.held() if self.average else Held(),
+        )  # fmt: skip
+
+    def restore(self, source: Source) -> None:
+        """Take up a saved state; an average that it has not begins anew."""
+        super().restore(source)
+        if self.average is not None:
+            self.average.restored(source)
 
     def check_replicas(self) -> None:
         """Compare, bit by bit, what several ranks hold of the same.

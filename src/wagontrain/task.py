@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from wagontrain import data
+from wagontrain.compiling import compiled_in_place
 from wagontrain.errors import TaskError, UsageError, WagontrainError, nearest
 
 Precision = Literal["float32", "bfloat16"]
@@ -35,12 +38,17 @@ class Task:
         model: zero-argument callable that returns the module; it is called with torch seeded by
             `seed`, on every worker.
         loss: `(output, target) -> scalar tensor`, the **mean** over the samples given.
-        optimizer: `parameters -> torch.optim.Optimizer`, for instance a `functools.partial`.
+        optimizer: `parameters -> torch.optim.Optimizer`, for instance a `functools.partial`. A
+            function whose first argument is called `model` or `named_parameters` gets that, to
+            make groups of parameters.
         train: map-style dataset of `(input, target)`; an input is a tensor, a tuple
-            (`model(*input)`) or a dict (`model(**input)`).
-        batch_size: samples of one step over **all** workers together (the global batch).
+            (`model(*input)`) or a dict (`model(**input)`). A sample that is one dict is both.
+            Also an `IterableDataset`, or a `DataLoader`, which is taken apart.
+        batch_size: samples of one step over **all** workers together (the global batch); 0 for
+            that of the DataLoader given as `train`.
         epochs: passes over `train`.
-        validation: map-style dataset like `train`, measured after every epoch, each sample once.
+        validation: map-style dataset like `train`, measured after every epoch, each sample once;
+            or a DataLoader of one.
         metrics: name -> `(output, target) -> mean over the samples given`, for validation.
         seed: fixes initial weights and the order of samples.
         scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step.
@@ -52,6 +60,13 @@ class Task:
         collate: list of samples -> batch, as in `torch.utils.data.DataLoader`.
         shuffle: new order of samples every epoch; False keeps the dataset's own.
         loader_workers: data-loading processes per worker; 0 loads in the worker itself.
+        sampler: order of samples in place of `shuffle`: iterated anew for every epoch, with
+            random numbers seeded by seed and epoch.
+        epoch_samples: samples of an epoch, where `train` is a stream.
+        ema: decay of a moving average of the weights, which is then what validation measures and
+            what is exported: `average = ema * average + (1 - ema) * weights` after every step.
+        callbacks: who is told what happens on every rank, and may end the training: see
+            `wagontrain.Callback`.
 
     Raises:
         TaskError: a field cannot be trained with; the message says which and why.
@@ -60,8 +75,8 @@ class Task:
     model: Callable[[], nn.Module]
     loss: Measure
     optimizer: Callable[..., Optimizer]
-    train: Dataset[Any]
-    batch_size: int
+    train: Dataset[Any] | DataLoader[Any]
+    batch_size: int = 0
     epochs: int = 1
     validation: Dataset[Any] | None = None
     metrics: Mapping[str, Measure] = field(default_factory=dict)
@@ -74,8 +89,13 @@ class Task:
     collate: Callable[[list[Any]], Any] | None = None
     shuffle: bool = True
     loader_workers: int = 0
+    sampler: Any = None
+    epoch_samples: int | None = None
+    ema: float | None = None
+    callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
+        self._take_loaders_apart()
         for name, expected in _EXPECTED.items():
             value = getattr(self, name)
             if not callable(value) and not (value is None and name in _OPTIONAL):
@@ -93,14 +113,20 @@ class Task:
                 "Task.loss is a module with parameters of its own, which would not be trained on "
                 "all workers: make it part of the model, and let the model return what it needs"
             )
-        samples = _length(self.train, "train")
+        if self.sampler is not None and not isinstance(self.sampler, Sized):
+            raise TaskError("Task.sampler has no length: give a sampler of torch.utils.data")
+        if self.is_stream:
+            data.require_streamable(self.shuffle, self.sampler, self.loader_workers)
         if self.validation is not None:
-            _length(self.validation, "validation")
+            data.length(self.validation, "validation")
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not whole or not least <= value < 2**63:
                 raise TaskError(f"Task.{name} is {value!r}: give a whole number from {least} on")
+        samples = self.samples
         if self.batch_size > samples:
             raise TaskError(
                 f"Task.batch_size is {self.batch_size}, but the data set has {samples} samples: "
@@ -114,6 +140,8 @@ class Task:
         clip = self.clip_grad_norm
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise TaskError(f"Task.clip_grad_norm is {clip!r}: give a number above 0")
+        if self.ema is not None and not (isinstance(self.ema, float) and 0 < self.ema < 1):
+            raise TaskError(f"Task.ema is {self.ema!r}: give a number between 0 and 1, say 0.999")
         if self.precision not in ("float32", "bfloat16"):
             raise TaskError(f"Task.precision is {self.precision!r}: give 'float32' or 'bfloat16'")
         if not isinstance(self.metrics, Mapping) or not all(map(callable, self.metrics.values())):
@@ -122,11 +150,35 @@ class Task:
             )
         if "loss" in self.metrics:
             raise TaskError("Task.metrics has an entry 'loss', which is reported anyway: rename it")
+        for callback in self.callbacks:
+            if not hasattr(callback, "check") or isinstance(callback, type):
+                raise TaskError(
+                    f"Task.callbacks holds {callback!r}, which is no wagontrain.Callback: subclass "
+                    "that, and give an object of it"
+                )
+            callback.check(self)
+
+    def _take_loaders_apart(self) -> None:
+        """Put what DataLoaders of one's own say into this task's fields."""
+        train, validation = data.taken_apart(
+            self.train, self.validation, self.batch_size, self.collate
+        )
+        for name, value in (train | validation).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether training data are read from their beginning on."""
+        return data.is_stream(self.train)
 
     @property
     def samples(self) -> int:
         """Number of training samples in one epoch."""
-        return _length(self.train, "train")
+        if self.is_stream:
+            return data.stream_length(self.train, self.epoch_samples)
+        if self.sampler is not None:
+            return len(self.sampler)
+        return data.length(self.train, "train")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -143,6 +195,7 @@ class Task:
             model = self.model()
         if not isinstance(model, nn.Module):
             raise TaskError(f"Task.model returned {type(model).__name__}: return an nn.Module")
+        model = compiled_in_place(model)
         parameters = list(model.parameters())
         if any(isinstance(parameter, nn.UninitializedParameter) for parameter in parameters):
             raise TaskError(
@@ -164,7 +217,12 @@ class Task:
             TaskError: it is not an optimizer, or one that calls the model by itself.
         """
         with _named_as("Task.optimizer"):
-            optimizer = self.optimizer(model.parameters())
+            optimizer: Any = self.optimizer(_argument(self.optimizer, model))
+        if isinstance(optimizer, list | tuple) and isinstance(optimizer[0], Optimizer):
+            raise TaskError(
+                "Task.optimizer returned several optimizers: give one with groups of parameters, "
+                "each with settings of its own (see docs/task.md)"
+            )
         if not isinstance(optimizer, Optimizer):
             raise TaskError(
                 f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
@@ -216,8 +274,27 @@ _EXPECTED = {
     "weight": "a function of the target that returns a number",
     "collate": "a function of a list of samples that returns a batch",
 }
-_OPTIONAL = ("scheduler", "weight", "collate")
-_LEAST = {"batch_size": 1, "epochs": 1, "accumulate": 1, "seed": 0, "loader_workers": 0}
+_OPTIONAL = ("scheduler", "weight", "collate", "epoch_samples")
+_LEAST = {
+    "batch_size": 1, "epochs": 1, "accumulate": 1, "seed": 0, "loader_workers": 0,
+    "epoch_samples": 1,
+}  # fmt: skip
+
+
+def _argument(make: Callable[..., Any], model: nn.Module) -> Any:
+    """What a function that makes an optimizer is to be given, by the name of its argument."""
+    try:
+        names = [
+            name
+            for name, each in inspect.signature(make).parameters.items()
+            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):  # something built in, which does not say
+        names = []
+    first = names[0] if names else ""
+    if first == "model":
+        return model
+    return model.named_parameters() if first == "named_parameters" else model.parameters()
 
 
 @contextlib.contextmanager
@@ -229,22 +306,6 @@ def _named_as(what: str) -> Iterator[None]:
         if isinstance(error, WagontrainError | torch.OutOfMemoryError):
             raise
         raise TaskError(f"{what} failed: {origin(error)}") from error
-
-
-def _length(dataset: object, name: str) -> int:
-    if not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
-        raise TaskError(
-            f"Task.{name} ({type(dataset).__name__}) has no length or cannot be indexed: which "
-            "samples a step sees has to be known beforehand; give a map-style dataset with "
-            "__len__ and __getitem__"
-        )
-    try:
-        length = len(dataset)
-    except (TypeError, ValueError) as error:
-        raise TaskError(f"Task.{name} ({type(dataset).__name__}) has no length: {error}") from error
-    if length == 0:
-        raise TaskError(f"Task.{name} is empty: give at least one sample")
-    return length
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

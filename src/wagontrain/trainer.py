@@ -9,7 +9,6 @@ import platform
 import socket
 import sys
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,13 @@ import torch
 from torch import nn
 
 from wagontrain import checkpoint
-from wagontrain.batches import Batch, Batches, few_samples
+from wagontrain.batches import Batch, Batches
 from wagontrain.building import peak_memory
-from wagontrain.errors import LossError, ModelError, TaskError, UsageError
+from wagontrain.callbacks import Callbacks
+from wagontrain.errors import LossError, ModelError, UsageError
 from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
+from wagontrain.identity import order_of, require_same_data, require_same_order
 from wagontrain.objective import not_finite
 from wagontrain.plan import Plan
 from wagontrain.state import Held
@@ -44,6 +45,8 @@ def train(run: Run) -> dict[str, Any]:
         if run.due(epoch):
             run.check_replicas()
             run.save()
+        if run.stopped:
+            break
     return run.finish()
 
 
@@ -86,6 +89,7 @@ class Run:
         self.plan = found or plan
         with context.watch.doing("setting up", patient=True):
             self._set_up(task, strategy, context, max_steps)
+            self.callbacks.start(self)
             if resume is not None:
                 self._resume(resume)
             self._announce(sinks)
@@ -101,14 +105,21 @@ class Run:
         self.strategy = strategy
         self.context = context
         self.runner = strategy.setup(task, context)
+        if task.ema is not None and self.runner.average is None:
+            raise UsageError(
+                f"{strategy.name} keeps no moving average of the weights: leave Task.ema out, or "
+                "use a strategy whose workers make every update together, such as data-parallel"
+            )
         device, cut = context.world.device, self.runner.cut
         self.training = Batches.of_training(task, device, cut)
         self.validation = Batches.of_validation(task, device, cut)
         self._closed = False
-        self._compare_data()
+        require_same_data(context, {"train": self.training, "validation": self.validation})
         self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
         self.step_count = self.first_step = 0
         self.values: dict[str, float] = {}
+        self.callbacks = Callbacks(task.callbacks, context)
+        self.stopped = ""
         self._hosts = context.gather_text(socket.gethostname())
         if self.plan is not None:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
@@ -135,6 +146,8 @@ class Run:
             for number in self.epochs():
                 yield from self.batches(number)
             return
+        if self.stopped:
+            return
         start = epoch * self.task.steps_per_epoch
         loaded = self.training.epoch(epoch, max(0, self.step_count - start))
         self._epoch_loss = _Mean()
@@ -143,7 +156,7 @@ class Run:
             with self.context.watch.doing(f"reading the data of step {self.step_count}"):
                 batch = next(loaded, None)
             self._data_seconds = time.perf_counter() - began
-            if batch is None or batch.step >= self.steps:
+            if batch is None or batch.step >= self.steps or self.stopped:
                 return
             yield batch
 
@@ -179,7 +192,16 @@ class Run:
             self._note_times(report.before, report.step - 1)
         if self.step_count == self.first_step + 1:
             self._compare_replicas()
+        self._stop(self.callbacks.step(report))
         return report
+
+    def _stop(self, reason: str) -> None:
+        """End training after this step, if there is a reason; all ranks have the same."""
+        if self.task.callbacks:
+            self.context.sent.lap()  # not what a step sends
+        if reason and not self.stopped:
+            self.stopped = reason
+            self._events.send("stopped", step=self.step_count, reason=reason)
 
     def _note_times(self, times: StepTimes, step: int) -> None:
         self._times.add(times)
@@ -213,7 +235,7 @@ class Run:
             return {}
         self._require_open()
         self._settle()
-        with self.context.watch.doing("in validation"):
+        with self.context.watch.doing("in validation"), self.runner.averaged():
             self.values = self._measure(self.validation)
         self.context.sent.lap()  # not what a step sends
         self._events.send(
@@ -222,6 +244,8 @@ class Run:
             step=self.step_count,
             values=self.values,
         )
+        epoch = max(0, self.step_count - 1) // self.task.steps_per_epoch
+        self._stop(self.callbacks.validation(epoch, self.values))
         return self.values
 
     def _measure(self, validation: Batches) -> dict[str, float]:
@@ -238,13 +262,13 @@ class Run:
         return {name: value / total for name, value in zip(names, totals, strict=True)}
 
     def due(self, epoch: int) -> bool:
-        """Whether to check and save after this epoch: always after the last one.
+        """Whether to check and save after this epoch: always after the last one, or a stop.
 
         Epochs of a few steps are taken together; every rank has to decide alike, so it goes by
         steps and not by the clock.
         """
         every = max(1, STEPS_BETWEEN_SAVES // self.task.steps_per_epoch)
-        return self.step_count >= self.steps or (epoch + 1) % every == 0
+        return bool(self.stopped) or self.step_count >= self.steps or (epoch + 1) % every == 0
 
     def check_replicas(self) -> None:
         """Raise ReplicaError where tensors that must be equal on several ranks are not."""
@@ -276,7 +300,8 @@ class Run:
             if folder is None and not self.path:
                 return None
             place = Path(folder) if folder is not None else Path(self.path) / "checkpoints"
-            notes = {"strategy": self.strategy.name, "data": self._data_identity()}
+            notes: dict[str, Any] = {"strategy": self.strategy.name, "data": order_of(self.task)}
+            notes["callbacks"] = self.callbacks.state()
             saved = checkpoint.save(self.context, held, place, self.step_count, notes)
         self.context.sent.refresh()
         self.context.sent.lap()  # not what a step sends
@@ -293,14 +318,6 @@ class Run:
                 "infinite"
             )
 
-    def _data_identity(self) -> dict[str, Any]:
-        """What the order of samples follows from."""
-        task = self.task
-        return {
-            "samples": task.samples, "batch_size": task.batch_size, "seed": task.seed,
-            "shuffle": task.shuffle,
-        }  # fmt: skip
-
     def _resume(self, place: Path) -> None:
         """Go on where a checkpoint was written.
 
@@ -308,15 +325,9 @@ class Run:
             UsageError: there is none, it is damaged, of another model or of other data.
         """
         source = checkpoint.restored(self.context, place)
-        data = source.plain["data"]
-        for name, value in self._data_identity().items():
-            if data.get(name) != value:
-                saved = f"{name} {data[name]}" if name in data else f"no {name!r}"
-                raise UsageError(
-                    f"the checkpoint was written with {saved}, here it is {value}: samples "
-                    "would be seen twice or never; resume with the same"
-                )
+        require_same_order(source.plain["data"], self.task)
         self.runner.restore(source)
+        self.callbacks.restore(source.plain.get("callbacks", ()))
         self.step_count = self.first_step = int(source.plain["steps"])
         if self.step_count >= self.steps:
             raise UsageError(
@@ -330,6 +341,7 @@ class Run:
         self._settle()
         with self.context.watch.doing("ending"):
             summary = self._summary()
+            self.callbacks.end(summary)
         if self.folder is not None:
             saved = self.folder.path / "checkpoints" / f"step-{self.step_count}"
             if saved.exists():
@@ -357,20 +369,6 @@ class Run:
     def _require_open(self) -> None:
         if self._closed:
             raise UsageError("this run has ended: connect again for another")
-
-    def _compare_data(self) -> None:
-        for name, batches in (("train", self.training), ("validation", self.validation)):
-            if batches is None:
-                continue
-            prints = few_samples(batches)
-            rows = self.context.gather_integers([zlib.crc32(repr(prints).encode())])
-            for rank, row in enumerate(rows):
-                if row != rows[0]:
-                    raise TaskError(
-                        f"the {name} data of rank {rank} is not that of rank 0: it was made or "
-                        "split at random; build it inside the task function, or give "
-                        "random_split a generator with a fixed seed"
-                    )
 
     def _announce(self, sinks: Sequence[Sink]) -> None:
         world = self.context.world
@@ -417,6 +415,7 @@ class Run:
             "samples": self._samples,
             "seconds": time.perf_counter() - self._began,
             "samples_per_second": self._samples / max(self._training_seconds, 1e-9),
+            "stopped": self.stopped or None,
             "train_loss": self._epoch_loss.value,
             "validation": self.values,
             "bytes_sent_per_rank": [row[0] for row in rows] if counted else None,

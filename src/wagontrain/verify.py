@@ -8,19 +8,21 @@ ways of dividing a batch draw the same masks.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
@@ -283,15 +285,46 @@ def first_step(task: Task, steps: int) -> int:
     return max(0, task.steps_per_epoch - (steps + 1) // 2)
 
 
-@contextmanager
+@contextlib.contextmanager
 def computing_in(dtype: str) -> Iterator[None]:
-    """Within, new tensors are of this dtype; bfloat16 is left to autocast."""
+    """Within, new tensors are of this dtype; bfloat16 is left to autocast.
+
+    In float64 a model that goes to float32 for a part of its computation (a loss, a norm) stays
+    where it is: rounding would hide what is looked for.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if dtype == "float64" else torch.float32)
     try:
-        yield
+        with _Float64Stays() if dtype == "float64" else contextlib.nullcontext():
+            yield
     finally:
         torch.set_default_dtype(before)
+
+
+class _Float64Stays(TorchFunctionMode):
+    """Tensors in float64 are not converted to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        value = args[0] if args else None
+        if not isinstance(value, Tensor) or func not in _CONVERSIONS:
+            return func(*args, **kwargs)
+        if value.dtype is torch.float64:
+            if func is Tensor.float:
+                return value
+            args = tuple(each for each in args if each is not torch.float32)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {key: each for key, each in kwargs.items() if key != "dtype"}
+            if func in _TO and len(args) == 1 and not kwargs.keys() & {"device", "dtype", "other"}:
+                return value.clone() if kwargs.get("copy") else value
+        return func(*args, **kwargs)
+
+
+_TO = (Tensor.to, Tensor.type)
+_CONVERSIONS = {
+    Tensor.float, *_TO, F.softmax, F.log_softmax, torch.softmax, torch.log_softmax,
+    Tensor.softmax, Tensor.log_softmax,
+}  # fmt: skip
 
 
 def prepared(task: Task, dtype: str) -> tuple[Task, bool]:
@@ -333,6 +366,9 @@ def turn_off_dropout(model: nn.Module) -> bool:
         elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             found |= module.dropout > 0
             module.dropout = 0.0
+        elif isinstance(probability := getattr(module, "attention_dropout", None), float):
+            found |= probability > 0  # Hugging Face's
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010  nn.Module has no such one
     return found
 
 

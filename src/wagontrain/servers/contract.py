@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from wagontrain.errors import UsageError
 from wagontrain.servers.client import Client
 from wagontrain.servers.coordinator import Coordinator
 from wagontrain.servers.record import Record
@@ -39,3 +40,30 @@ class Crewed(Strategy):
     @abstractmethod
     def worker(self, task: Task, client: Client, device: torch.device) -> Workman:
         """One worker. Called in every worker process."""
+
+
+def require_leasable(task: Task, name: str) -> None:
+    """Refuse what only ranks that make every step together can honour.
+
+    Args:
+        task: to be trained.
+        name: of the strategy.
+
+    Raises:
+        UsageError: says what, and why.
+    """
+    if task.is_stream:
+        raise UsageError(
+            f"{name} hands out samples by their places, again where a worker is lost, and a stream "
+            "has none: give a map-style dataset, or use data-parallel"
+        )
+    if task.ema is not None:
+        raise UsageError(
+            f"{name} keeps no moving average of the weights: leave Task.ema out, or use "
+            "data-parallel"
+        )
+    if task.callbacks:
+        raise UsageError(
+            f"{name} has no ranks that see every step, for its workers come and go: leave "
+            "Task.callbacks out, or use data-parallel"
+        )

@@ -14,6 +14,7 @@ import torch
 
 from wagontrain import checkpoint
 from wagontrain.errors import LossError
+from wagontrain.identity import order_of
 from wagontrain.objective import not_finite
 from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
@@ -146,10 +147,7 @@ class Record(Observer):
                 "nothing was saved over the weights from before; give a lower learning rate"
             )
         task = self.task
-        data = {
-            "samples": task.samples, "batch_size": task.batch_size, "seed": task.seed,
-            "shuffle": task.shuffle,
-        }  # fmt: skip
+        data = order_of(task)
         reached = keep.reached
         notes = {
             "strategy": self.strategy.name, "data": data,
@@ -211,6 +209,7 @@ class Record(Observer):
             "samples": self.samples,
             "seconds": now - self._began,
             "samples_per_second": self.samples / max(training, 1e-9),
+            "stopped": None,
             "train_loss": sums[0] / sums[1] if sums else None,
             "validation": self.values,
             "row_bytes": self.rows,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wagontrain.batches import Batch, Batches, Cut, few_samples, mix
-from wagontrain.building import skeleton
+from wagontrain.building import require_uncompiled, skeleton
 from wagontrain.errors import LossError
 from wagontrain.objective import Objective, nothing
 from wagontrain.servers import placing, remote
@@ -95,6 +95,7 @@ class Worker:
         placed = placing.build(task, habits.tables, whole=False)
         tables = placed.tables()
         self.tables = remote.Tables(tables, shards, client)
+        require_uncompiled(placed.model, "exchanges its tensors for the servers'")
         self.model: nn.Module = remote.stand_in(placed, device, self.tables)
         self.optimizer = task.build_optimizer(self.model, closures=True)
         entries = entries_of(self.model, self.optimizer, [table.name for table in tables])

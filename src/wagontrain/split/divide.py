@@ -20,6 +20,7 @@ from wagontrain.split import attention
 from wagontrain.split.border import Border, Replicated
 from wagontrain.split.convolution import Channels
 from wagontrain.split.embedding import FetchedLookup, SharedLookup
+from wagontrain.split.families import families
 from wagontrain.split.linear import Columns, Region, Rows
 from wagontrain.split.logits import SplitScores
 from wagontrain.split.observe import Observed
@@ -162,6 +163,13 @@ def divide(
     undo = contextlib.ExitStack()
     remade: dict[int, nn.Parameter] = {}
     regions = _regions(cuts, observed, axis.index)
+    inner: set[str] = set()  # layers that come into a region that has begun
+    if isinstance(border, Replicated):
+        for family in families(model, observed, size):
+            if family.is_placed(cuts):
+                region = Region(axis.index, family.draws, shaped=True)
+                regions |= dict.fromkeys([*family.columns, family.row], region)
+                inner.update(family.columns[1:])
     for name, cut in cuts.items():
         layer = model.get_submodule(name)
         for key, (dim, mine) in _parts(layer, cut, size, axis.index).items():
@@ -183,6 +191,8 @@ def divide(
                 parameters[last_name] = part
             parts.add(full)
         forward = _forward(layer, name, cut, border, axis, regions, name == last, state)
+        if name in inner:
+            forward.first = False
         # An attribute of the instance goes before the method of its class.
         vars(layer)["forward"] = forward
         undo.callback(vars(layer).pop, "forward", None)

@@ -94,10 +94,11 @@ class Region:
     Args:
         index: this rank's place.
         draws: whether random numbers are drawn in between, by a dropout.
+        shaped: whether the samples look in between as they do outside, but for their features.
     """
 
-    def __init__(self, index: int, draws: bool) -> None:
-        self.index, self.draws = index, draws
+    def __init__(self, index: int, draws: bool, shaped: bool = False) -> None:
+        self.index, self.draws, self.shaped = index, draws, shaped
         self.leading: torch.Size = torch.Size()
         self.border: Border | None = None
         self._before: list[Any] = []
@@ -128,19 +129,27 @@ class Columns:
         border: how samples come and go.
         widths: output features of each rank.
         region: where the result stays divided up to a layer split by rows; else None.
+        first: whether the region begins here, if there is one.
     """
 
     def __init__(
-        self, layer: Any, border: Border, widths: Sequence[int], region: Region | None = None
+        self,
+        layer: Any,
+        border: Border,
+        widths: Sequence[int],
+        region: Region | None = None,
+        first: bool = True,
     ) -> None:
         self.layer, self.border, self.widths, self.region = layer, border, widths, region
+        self.first = first
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], or [all rows, own out] where it stays divided."""
+        """[..., in] -> [..., out]; where it stays divided [all rows, own out] or [..., own out]."""
         border, y = self.product(x)
         if self.region is not None:
-            self.region.enter(x, border)
-            return y
+            if self.first:
+                self.region.enter(x, border)
+            return y.view(*x.shape[:-1], y.shape[1]) if self.region.shaped else y
         whole: Tensor = LeaveColumns.apply(y, border, self.widths)
         return whole.view(*x.shape[:-1], sum(self.widths))
 
@@ -174,7 +183,7 @@ class Rows:
         """[..., in] -> [..., out]."""
         if self.region is not None:
             assert self.region.border is not None
-            border, leading, mine = self.region.border, self.region.leading, x
+            border, leading, mine = self.region.border, self.region.leading, as_rows(x)
             self.region.leave()
         else:
             leading, flat = x.shape[:-1], as_rows(x)

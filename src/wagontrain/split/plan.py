@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from wagontrain.batches import MicroBatch
-from wagontrain.building import initialise, skeleton, whole_or_skeleton
+from wagontrain.building import initialise, require_uncompiled, skeleton, whole_or_skeleton
 from wagontrain.errors import ModelError, UsageError
 from wagontrain.layout import Layout
 from wagontrain.objective import Objective
 from wagontrain.split.divide import Cut, splittable, ways
+from wagontrain.split.families import families
 from wagontrain.split.observe import Observed, observe
 from wagontrain.task import Task, place, trainable
 from wagontrain.transport import Context
@@ -69,6 +70,7 @@ def prepare(task: Task, context: Context, without_memory: bool = False) -> Prepa
     """
     device = context.world.device
     model = whole_or_skeleton(task, context)
+    require_uncompiled(model, "divides the layers")
     micro = trial_batch(task, device)
     if not next(model.parameters()).is_meta:
         model = model.to(device)
@@ -123,8 +125,13 @@ def settle(model: nn.Module, device: torch.device) -> None:
                 module._buffers[key] = torch.empty_like(buffer, device=device)
 
 
-def in_turn(prepared: Prepared, least: int = 0, shards: bool = False) -> dict[str, Cut]:
-    """Columns for every layer, but rows for the second one of a pair, and heads for attention."""
+def in_turn(
+    prepared: Prepared, least: int = 0, shards: bool = False, size: int = 1
+) -> dict[str, Cut]:
+    """Columns for every layer, but rows for the second one of a pair, and heads for attention.
+
+    With `size` ranks that all have all samples, also rows for the last one of a family.
+    """
     placement: dict[str, Cut] = {}
     observed = prepared.observed
     before = {after: name for name, after in observed.pairs.items()}
@@ -132,4 +139,7 @@ def in_turn(prepared: Prepared, least: int = 0, shards: bool = False) -> dict[st
         possible = splittable(prepared.model.get_submodule(name), shards)
         fused = placement.get(before.get(name, "")) == "column" and "row" in possible
         placement[name] = "row" if fused else possible[0]
+    for family in families(prepared.model, observed, size) if size > 1 and not shards else ():
+        if all(name in placement for name in family.placement):
+            placement |= family.placement
     return placement

@@ -117,6 +117,14 @@ class Recording:
         """What was called, to compare recordings by."""
         return [(call.target, call.results, tuple(call.takes)) for call in self.calls]
 
+    @property
+    def has_figures(self) -> bool:
+        """Whether the output holds single numbers: a loss that the model computed, say."""
+        leaves = pytree.tree_leaves(self.output)
+        return any(
+            isinstance(leaf, Value) and not self.values[leaf.number].dim() for leaf in leaves
+        )
+
     def result(self, model: nn.Module, values: Mapping[int, Tensor]) -> Any:
         """The model's output, out of the tensors that were computed."""
         return pytree.tree_map(lambda leaf: _fetch(model, values, leaf), self.output)
@@ -216,6 +224,7 @@ class _Recorder(TorchFunctionMode):
         }
         self._numbers: dict[int, int] = {}
         self._made: dict[int, list[tuple[int, Tensor]]] = {}
+        self._bare: set[int] = set()  # computed without gradients
         self._inside = False
         self._device = device.type
         self._autocast = torch.is_autocast_enabled(self._device)
@@ -266,6 +275,10 @@ class _Recorder(TorchFunctionMode):
             self._note_change(value, position)
         numbers = self.add(results)
         differentiated = torch.is_grad_enabled()
+        if not differentiated:
+            self._bare.update(
+                n for n, value in zip(numbers, results, strict=True) if not value.requires_grad
+            )
         self.recording.calls.append(
             Call(target, tuple(leaves), structure, numbers, names, differentiated)
         )
@@ -290,8 +303,15 @@ class _Recorder(TorchFunctionMode):
     def _name(self, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        if id(leaf) in self._numbers:
-            return Value(self._numbers[id(leaf)])
+        number = self._numbers.get(id(leaf))
+        if number in self._bare and leaf.requires_grad:
+            raise UsageError(
+                "the model cannot be cut into stages: what it computes without gradients gets one "
+                "afterwards, by a custom autograd function (torch.utils.checkpoint with "
+                "use_reentrant=True, say); say use_reentrant=False, or use the strategy sharded"
+            )
+        if number is not None:
+            return Value(number)
         if id(leaf) in self._names:
             return Held(self._names[id(leaf)])
         raise UsageError(
@@ -322,11 +342,35 @@ def _require_plain(tree: Any, what: str) -> None:
         UsageError: there is one.
     """
     for leaf in pytree.tree_leaves(tree):
-        if isinstance(leaf, PackedSequence) or (
-            dataclasses.is_dataclass(leaf) and not isinstance(leaf, type)
+        if (
+            isinstance(leaf, PackedSequence)
+            or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
+            or _has_tensors(leaf)
         ):
+            kind = type(leaf).__name__
+            instead = (
+                "turn the cache for generation off (config.use_cache = False)"
+                if "Cache" in kind
+                else "use tensors, tuples and dicts"
+            )
             raise UsageError(
                 f"the model cannot be cut into stages: {what!r} deals in objects of the class "
-                f"{type(leaf).__name__}, which cannot be sent; use tensors, tuples and dicts, or "
-                "the strategy sharded"
+                f"{kind}, which cannot be sent; {instead}, or use the strategy sharded"
             )
+
+
+def _has_tensors(leaf: Any, depth: int = 4) -> bool:
+    """Whether an object keeps tensors in its attributes: what one stage puts there, no other sees.
+
+    A cache of keys and values is such.
+    """
+    inside: Any = ()
+    if isinstance(leaf, list | tuple):
+        inside = leaf
+    elif isinstance(leaf, dict):
+        inside = leaf.values()
+    elif not isinstance(leaf, Tensor | nn.Module | type) and not callable(leaf):
+        inside = vars(leaf).values() if hasattr(leaf, "__dict__") else ()
+    return any(
+        isinstance(each, Tensor) or (depth > 0 and _has_tensors(each, depth - 1)) for each in inside
+    )

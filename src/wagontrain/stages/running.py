@@ -34,16 +34,24 @@ from wagontrain.stages.cutting import Stage
 Kind = Literal["gpipe", "1f1b", "interleaved"]
 
 
-def pieces(micro: MicroBatch, count: int) -> list[MicroBatch]:
+def pieces(micro: MicroBatch, count: int, even: bool = False) -> list[MicroBatch]:
     """A micro-batch in `count` pieces of one size, or fewer where it has not enough samples.
 
     The last piece is filled up with copies of the last sample: `count` of a piece says how many
     are real, its inputs and target hold `total`.
 
+    Args:
+        micro: the micro-batch.
+        count: of pieces.
+        even: whether nothing may be filled up, because the model looks at all of it (computes its
+            loss by itself): then there are fewer pieces, down to one.
+
     Raises:
         ModelError: something in it does not have one entry for each sample.
     """
     samples = max(micro.count, 1)
+    if even:
+        count = max(each for each in range(1, min(count, samples) + 1) if samples % each == 0)
     size = -(-samples // count)
     if size == samples:
         return [replace(micro, total=samples)]

@@ -28,7 +28,13 @@ from torch.utils import _pytree as pytree
 
 from wagontrain.axes import check_degree, lay_out
 from wagontrain.batches import Batch, MicroBatch, mix
-from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
+from wagontrain.building import (
+    initialise,
+    require_room,
+    require_uncompiled,
+    skeleton,
+    whole_or_skeleton,
+)
 from wagontrain.costs import Costs
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.figures import GatheredFigures
@@ -187,6 +193,7 @@ class PipelineRunner(Synchronous):
     def __init__(self, strategy: Pipeline, task: Task, context: Context, degree: int) -> None:
         world = context.world
         model = whole_or_skeleton(task, context)
+        require_uncompiled(model, "cuts the model into stages")
         bare = next(model.parameters()).is_meta
         self.kind = strategy.schedule
         self.total = degree * (2 if self.kind == "interleaved" else 1)
@@ -198,6 +205,7 @@ class PipelineRunner(Synchronous):
         self.blueprint = Blueprint(model, world.device, share=1 / (2 * self.total))
         self.plan = plan(task, context, model, self.blueprint, counts, samples, self.total)
         self.micro_batches, uses = self.plan.micro_batches, self.plan.uses
+        self.even = self.plan.recording.has_figures  # a loss of its own, over all that it was given
         self.axes = axes = lay_out(context, degree)
         self.numbers = range(axes.model.index, self.total, degree)
         held = uses.held(self.plan.borders)
@@ -229,7 +237,7 @@ class PipelineRunner(Synchronous):
         """All micro-batches through the stages; returns what the batch counts for."""
         stage = self.axes.model.index
         torch.manual_seed(mix(self.task.seed, "step", batch.step, self.data.index, "stage", stage))
-        loads = [pieces(micro, self.micro_batches) for micro in batch.micro_batches]
+        loads = [pieces(micro, self.micro_batches, self.even) for micro in batch.micro_batches]
         weights = [[self.objective.weight(piece) for piece in load] for load in loads]
         counted = self.count_later([sum(map(sum, weights))])
         total = float(batch.total)
@@ -317,7 +325,7 @@ class PipelineRunner(Synchronous):
         weight, sums = 0.0, dict.fromkeys(names, 0.0)
         for micro in batch.micro_batches:
             self.participation.counts = micro.count > 0
-            load = pieces(micro, self.micro_batches)
+            load = pieces(micro, self.micro_batches, self.even)
 
             def measure(output: Any, number: int, load: Any = load) -> Tensor:
                 nonlocal weight

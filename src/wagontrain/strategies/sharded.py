@@ -30,7 +30,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wagontrain.axes import whole_world
-from wagontrain.building import initialise, require_room, skeleton, whole_or_skeleton
+from wagontrain.building import (
+    initialise,
+    require_room,
+    require_uncompiled,
+    skeleton,
+    whole_or_skeleton,
+)
 from wagontrain.costs import Costs, Step
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout
@@ -204,6 +210,7 @@ class ShardedRunner(Synchronous):
     def __init__(self, strategy: Sharded, task: Task, context: Context) -> None:
         device, axis = context.world.device, whole_world(context)
         model = whole_or_skeleton(task, context)
+        require_uncompiled(model, "gathers weights layer by layer")
         bare = next(model.parameters()).is_meta
         unused = False
         if not bare:
@@ -280,8 +287,9 @@ class OptimizerShards(Synchronous):
         """All that has state here: whole weights, and the optimizer state of some of them."""
         rank = self.context.world.rank
         mine = {value for value, updater in self._updater.items() if updater == rank}
+        more = super().training.more
         return Training(
-            self.model, self.layouts, self.update.optimizer, self.update.scheduler, mine
+            self.model, self.layouts, self.update.optimizer, self.update.scheduler, mine, more
         )
 
 

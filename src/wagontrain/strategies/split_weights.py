@@ -155,7 +155,7 @@ class SplitWeightsRunner(Synchronous):
         model, device = prepared.model, context.world.device
         self.axes = axes = lay_out(context, strategy.degree or context.world.size)
         if strategy.placement == "auto":
-            placement = in_turn(prepared, strategy.least)
+            placement = in_turn(prepared, strategy.least, size=axes.model.size)
         else:
             placement = strategy.placement
             check_placement(model, placement, prepared.observed, axes.model.size)
