@@ -25,6 +25,7 @@ from wagontrain.events import Events, Sink
 from wagontrain.folder import RunFolder
 from wagontrain.objective import not_finite
 from wagontrain.plan import Plan
+from wagontrain.signs import Signs
 from wagontrain.state import Held
 from wagontrain.stragglers import RankTimes
 from wagontrain.strategy import StepReport, StepTimes, Strategy
@@ -109,7 +110,8 @@ class Run:
         self.steps = min(task.epochs * task.steps_per_epoch, max_steps or sys.maxsize)
         self.step_count = self.first_step = 0
         self.values: dict[str, float] = {}
-        self._hosts = context.gather_text(socket.gethostname())
+        places = context.gather_text(f"{socket.gethostname()} {device}")
+        self._hosts, self._devices = zip(*(place.split(" ") for place in places), strict=True)
         if self.plan is not None:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
         self._data_seconds = 0.0
@@ -342,7 +344,7 @@ class Run:
     def close(self) -> None:
         """Let go of everything without a summary."""
         self._closed = True
-        self._events.close()
+        self._end_events()
         self.runner.close()
         self.context.watch.close()
 
@@ -352,7 +354,12 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is not None:
             self._events.send("failed", message=f"{kind.__name__}: {details[0]}")
-            self._events.close()
+            self._end_events()
+
+    def _end_events(self) -> None:
+        if self.context.watch.signs is not None:
+            self.context.watch.signs.close()
+        self._events.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -375,6 +382,7 @@ class Run:
     def _announce(self, sinks: Sequence[Sink]) -> None:
         world = self.context.world
         own = self.folder.sinks() if self.folder else []
+        self.context.watch.signs = Signs(Events(own)) if own else None
         self._events = Events([*own, *sinks] if world.rank == 0 else [])
         description = {
             "strategy": self.strategy.name,
@@ -397,6 +405,7 @@ class Run:
             batch_size=self.task.batch_size,
             samples=self.task.samples,
             first_step=self.first_step,
+            ranks=[list(place) for place in zip(self._hosts, self._devices, strict=True)],
             **({"plan": planned} if planned else {}),
         )
         self.context.sent.refresh()
