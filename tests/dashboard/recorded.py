@@ -129,13 +129,19 @@ def crewed(workers: int, steps: int, until: float | None = None) -> list[Event]:
             doing[there[0]] = "pushing a gradient"
             events.append(
                 signs(
-                    doing, when, shards=shards(number),
+                    doing,
+                    when,
+                    shards=shards(number),
                     work={
-                        str(each): [pushes[each], 512 * pushes[each],
-                                    0.2 if each != there[-2] else 0.41, 1_000_000 * pushes[each]]
+                        str(each): [
+                            pushes[each],
+                            512 * pushes[each],
+                            0.2 if each != there[-2] else 0.41,
+                            1_000_000 * pushes[each],
+                        ]
                         for each in there
                     },
-                )  # fmt: skip
+                )
             )
         if number and number % 200 == 0:
             events.append(validation(number, when))

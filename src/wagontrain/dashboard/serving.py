@@ -128,6 +128,8 @@ def _bracketed(host: str) -> str:
 
 def _listen(place: Place) -> socket.socket:
     ports = [place.port] if place.port is not None else [PORT, 0]
+    if not 0 <= ports[0] <= 65535:
+        raise UsageError(f"port {ports[0]} does not exist: give one from 0 to 65535")
     try:
         found = socket.getaddrinfo(place.host, None, type=socket.SOCK_STREAM)
     except OSError as error:
@@ -145,6 +147,4 @@ def _listen(place: Place) -> socket.socket:
                     f"the page cannot listen at {place.host} port {port} ({error.strerror}): give "
                     "another --port, or --host with an address of this machine"
                 ) from None
-        except OverflowError:
-            raise UsageError(f"port {port} does not exist: give one up to 65535") from None
     raise AssertionError("there is a port to try")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wagontrain.dashboard.curves import Curve
-from wagontrain.dashboard.tiles import Tiles, doing_now, named_in
+from wagontrain.dashboard.tiles import Tiles, doing_now
 from wagontrain.dashboard.words import SILENT, Log, clipped
 
 Status = Literal["waiting", "running", "silent", "failed", "ended"]
@@ -212,14 +212,12 @@ class State:
         self.status = "ended"
         kept = ("steps", "samples", "seconds", "samples_per_second", "train_loss", "straggler")
         self.run["summary"] = {key: summary.get(key) for key in kept}
-        self.tiles.end(float(event["time"]), self.revision, None, "")
+        self.tiles.end(float(event["time"]), self.revision, None)
         self._mark("status", "run", "tiles", "doing")
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
         self.status, self.message = "failed", clipped(event["message"], 2000)
-        self.tiles.end(
-            float(event["time"]), self.revision, named_in(self.message), clipped(self.message)
-        )
+        self.tiles.end(float(event["time"]), self.revision, self.message)
         self._mark("status", "tiles", "doing")
 
     def _add(self, name: str, event: Mapping[str, Any], above: float, below: float = 1.0) -> None:

@@ -13,8 +13,9 @@ CHUNK = 1 << 20
 LONGEST = 16 << 20
 """Bytes of a line beyond which it is passed over: memory has an end."""
 
+_HEAD = 128
 _MANY = 64
-_FREQUENT = (b'{"kind": "times"', b'{"kind": "workers"')
+_TIMES = b'{"kind": "times"'
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Tail:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file_number: int | None = None
+        self._head = b""
         self._position = 0
         self._rest = b""
         self._skipping = False
@@ -56,12 +57,12 @@ class Tail:
         result = Read()
         try:
             with self.path.open("rb") as file:
-                file.seek(0, 2)
-                size, number = file.tell(), self.path.stat().st_ino
-                if size < self._position or number != self._file_number:
+                head, size = file.read(_HEAD), file.seek(0, 2)
+                # A first event has its time in it: another file begins otherwise.
+                if size < self._position or not head.startswith(self._head):
                     result.again = self._position > 0
-                    self._file_number = number
                     self._position, self._rest, self._skipping = 0, b"", False
+                self._head = head
                 file.seek(self._position)
                 data = file.read(CHUNK)
         except (FileNotFoundError, NotADirectoryError):
@@ -87,21 +88,14 @@ class Tail:
 
 
 def without_old_news(lines: list[bytes]) -> list[bytes]:
-    """Where much has come at once, only the last of those events that say how things are now.
+    """Where much has come at once, only the last of the events that say what each rank spent.
 
     With hundreds of ranks they are most of a file, and parsing them most of the time.
     """
     if len(lines) < _MANY:
         return lines
-    last = {
-        start: max((at for at, line in enumerate(lines) if line.startswith(start)), default=-1)
-        for start in _FREQUENT
-    }
-    return [
-        line
-        for at, line in enumerate(lines)
-        if not line.startswith(_FREQUENT) or at in last.values()
-    ]
+    last = max((at for at, line in enumerate(lines) if line.startswith(_TIMES)), default=-1)
+    return [line for at, line in enumerate(lines) if at == last or not line.startswith(_TIMES)]
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -38,7 +38,10 @@ MOST = 20_000
 _KEEP = 0.8
 _OWN_WILL = "left of its own will"
 _NOBODY = "though all ranks answer"
-_NAMED = re.compile(r"(?:^|; |Error: )(?:worker )?rank (\d+)\b")
+_NAMED = re.compile(
+    r"(?:^|; |Error: )(?:worker )?rank (\d+)\b(?: on (?:host )?[^\s:]+)?([^;]*?)(?= \(if|;|$)",
+    re.MULTILINE,
+)
 
 
 @dataclass
@@ -200,17 +203,17 @@ class Tiles:
             tile.seen, tile.doing = when, "in its steps"
         return True
 
-    def end(self, when: float, revision: int, named: Iterable[int] | None, why: str) -> None:
-        """The run is over; `named` are those that failed, None if nobody did."""
-        guilty = set(named or ())
+    def end(self, when: float, revision: int, message: str | None) -> None:
+        """The run is over; `message` says why where it failed."""
+        guilty = named_in(message or "")
         for tile in self.of.values():
             if not tile.here:
                 continue
             if tile.number in guilty:
-                tile.condition, tile.why = "dead", why
+                tile.condition, tile.why = "dead", guilty[tile.number]
             else:
-                tile.condition = "ended" if named is None else "stopped"
-                tile.seen = max(tile.seen, when if named is None else 0.0)
+                tile.condition = "ended" if message is None else "stopped"
+                tile.seen = max(tile.seen, when if message is None else 0.0)
             tile.changed = revision
 
     def judge(self, now: float, revision: int, running: bool) -> bool:
@@ -274,11 +277,14 @@ def _waited(tiles: Sequence[Tile]) -> float:
     return sum(tile.waiting for tile in tiles) / whole if whole > 0 else 0.0
 
 
-def named_in(message: str) -> list[int]:
-    """Ranks that an error names as those that failed: such a message begins with them."""
+def named_in(message: str) -> dict[int, str]:
+    """Ranks that an error names as those that failed, and what it says of each.
+
+    Such a message begins with them: "rank 1 on host b has not been heard of for 31 s".
+    """
     if _NOBODY in message:
-        return []
-    return [int(found) for found in _NAMED.findall(message)]
+        return {}
+    return {int(found[1]): clipped(found[2].strip(" :")) for found in _NAMED.finditer(message)}
 
 
 def doing_now(tiles: Iterable[Tile]) -> list[list[Any]]:

@@ -99,7 +99,8 @@ def figures(values: Mapping[str, Any]) -> str:
 
 
 def _start(event: Mapping[str, Any]) -> str:
-    return f"training begins: {event.get('strategy')} over {event.get('world_size')} worker(s)"
+    count = event["world_size"]
+    return f"training begins: {event['strategy']} over {count} worker{'s' * (count != 1)}"
 
 
 def _validation(event: Mapping[str, Any]) -> str:
@@ -116,7 +117,8 @@ def _left(event: Mapping[str, Any]) -> str:
 
 
 def _restarted(event: Mapping[str, Any]) -> str:
-    return f"{event['what']} is started again: it {event['why']}"
+    which = f"process {event['process']} ({event['what']} of those started)"
+    return f"{which} {event['why']}; another begins"
 
 
 def _shard(event: Mapping[str, Any]) -> str:
@@ -124,8 +126,9 @@ def _shard(event: Mapping[str, Any]) -> str:
 
 
 def _lost(event: Mapping[str, Any]) -> str:
-    leases = event.get("leases") or []
-    return f"what worker {event['worker']} had in hand goes to others: {len(leases)} batch(es)"
+    count = len(event["leases"])
+    what = f"{count} batch{'es' * (count != 1)}"
+    return f"what worker {event['worker']} had in hand goes to others: {what}"
 
 
 def _dropped(event: Mapping[str, Any]) -> str:

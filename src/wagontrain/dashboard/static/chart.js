@@ -2,7 +2,10 @@
 
 import { element, number } from "./words.js";
 
-const LEFT = 58, RIGHT = 10, TOP = 10, BOTTOM = 24;
+// Of one point that is drawn: what lies closer together is drawn as one, so that noise is a band.
+const PIXELS = 3;
+
+const LEFT = 58, RIGHT = 18, TOP = 10, BOTTOM = 24;
 
 // Points of one curve, as the server sends them: [step, time, mean, low, high].
 export class Points {
@@ -200,8 +203,30 @@ export class Chart {
     pen.fillText("foretold", width - RIGHT - 2, y - 2);
   }
 
+  // Neighbours within a few pixels as one.
+  drawn(rows) {
+    const found = [];
+    let column = null, count = 0;
+    for (const row of rows) {
+      if (this.options.logarithmic && row[3] <= 0) continue;
+      const here = Math.floor(this.scale.x(this.x(row)) / PIXELS);
+      const last = found[found.length - 1];
+      if (here !== column) {
+        found.push([...row]);
+        [column, count] = [here, 1];
+        continue;
+      }
+      count += 1;
+      last[2] += (row[2] - last[2]) / count;
+      last[3] = Math.min(last[3], row[3]);
+      last[4] = Math.max(last[4], row[4]);
+      [last[0], last[1]] = [row[0], row[1]];
+    }
+    return found;
+  }
+
   curve(pen, series, colour, band) {
-    const rows = series.points.rows.filter((row) => !this.options.logarithmic || row[3] > 0);
+    const rows = this.drawn(series.points.rows);
     if (!rows.length) return;
     pen.strokeStyle = pen.fillStyle = colour;
     if (band && rows.length > 1) {

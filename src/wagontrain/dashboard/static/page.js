@@ -2,7 +2,7 @@
 
 import { Chart, Points } from "./chart.js";
 import { Workers, drawShards, drawStaleness } from "./workers.js";
-import { at, bytes, clock, duration, element, number, put, short, whole } from "./words.js";
+import { at, bytes, clock, date, duration, element, number, put, short, whole } from "./words.js";
 
 const STATUS = {
   waiting: "○ waiting", running: "● running", silent: "? silent", failed: "✕ failed",
@@ -65,6 +65,8 @@ function listen() {
 
 function drawHead() {
   const run = page.run;
+  at("nothing").hidden = Boolean(run.strategy);
+  for (const part of document.querySelectorAll(".begun")) part.hidden = !run.strategy;
   if (run.strategy) {
     const count = run.world_size;
     const where = run.hosts.length > 1 ? ` on ${run.hosts.length} hosts` : ` on ${run.hosts[0]}`;
@@ -81,8 +83,10 @@ function drawHead() {
   shown.dataset.status = page.status.status;
 }
 
+const figureAt = (name) => document.querySelector(`[data-figure="${CSS.escape(name)}"]`);
+
 function figure(name, text, value) {
-  let place = document.querySelector(`[data-figure="${CSS.escape(name)}"]`);
+  let place = figureAt(name);
   if (!place) {
     place = element("dd", { "data-figure": name });
     at("figures").append(element("div", {}, element("dt", { text: name }), place));
@@ -98,6 +102,7 @@ function drawFigures() {
   const percent = Math.floor((100 * steps) / run.steps);
   figure("step", `${whole(steps)} of ${whole(run.steps)}`, steps);
   figure("epoch", `${(now.epoch ?? 0) + 1} of ${run.epochs}`, now.epoch);
+  for (const name of ["elapsed", "left"]) if (!figureAt(name)) figure(name, "–");
   figure("loss", number(now.loss), now.loss);
   for (const [name, value] of Object.entries(now.validation ?? {})) {
     figure(`validation ${name}`, number(value), value);
@@ -124,6 +129,7 @@ function chartOf(name) {
     const chart = new Chart(title, describe);
     chart.options = optionsOf(name);
     page.charts.set(name, chart);
+    chart.figure.style.order = name in CHARTS ? Object.keys(CHARTS).indexOf(name) : 9;
     at("charts").append(chart.figure);
   }
   return page.charts.get(name);
@@ -143,7 +149,7 @@ function drawCurves(changed) {
     }
     if (name === "validation/loss") {
       const caption = chart.figure.querySelector(".caption");
-      put(caption, "Loss, and of validation (dashed)");
+      put(caption, "Loss; of validation dashed");
     }
     if (changed.includes(name)) touched.add(chart);
   }
@@ -216,10 +222,11 @@ function tick() {
   at("alert").hidden = !alert;
   at("alert").dataset.status = status.status;
   put(at("heard"), about.last && running ? `last heard ${duration(Math.max(0, now - about.last))} ago`
-    : about.last ? `at ${new Date(about.last * 1e3).toLocaleString("en-GB")}` : "");
+    : about.last ? `at ${date(about.last)}` : "");
   if (run.started) {
     const until = running ? now : about.last;
-    figure("elapsed", duration(until - run.started), until - run.started);
+    const elapsed = Math.max(0, until - run.started);
+    figure("elapsed", duration(elapsed), elapsed);
     const left = (run.steps - ((page.now.step ?? run.first_step - 1) + 1)) * page.now.step_seconds;
     figure("left", running && Number.isFinite(left) ? duration(left) : "–", left);
   }

@@ -40,6 +40,12 @@ export function clock(seconds) {
   return new Date(seconds * 1e3).toLocaleTimeString("en-GB");
 }
 
+export function date(seconds) {
+  const when = new Date(seconds * 1e3);
+  const day = when.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  return `${clock(seconds)}, ${day}`;
+}
+
 // "0-3,7" as numbers.
 export function numbers(text) {
   const found = [];

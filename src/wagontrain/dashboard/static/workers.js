@@ -136,7 +136,8 @@ export class Workers {
       return;
     }
     put(node.rank, `${this.name} ${each}`);
-    put(node.word, tile.slower ? `${word} ×${tile.slower}` : word);
+    const full = this.list.dataset.size === "full";
+    put(node.word, tile.condition === "slow" ? `${full ? "slow " : ""}×${tile.slower}` : word);
     put(node.speed, speed(tile));
     if (!node.place) return;
     put(node.place, [tile.host, tile.device].filter(Boolean).join(" · ") || "–");
@@ -171,7 +172,8 @@ export class Workers {
       .map((each) => `${counts.get(each)} ${SIGNS[each][1]}`);
     if (this.forgotten) parts.push(`${this.forgotten} more gone before`);
     put(at("counts"), parts.join(" · "));
-    at("legend").hidden = ![...this.tiles.values()].some((tile) => tile.times);
+    at("legend").hidden = this.list.dataset.size !== "full" ||
+      ![...this.tiles.values()].some((tile) => tile.times);
     const found = this.numbers.filter((each) => TROUBLE.includes(this.tiles.get(each)?.condition));
     const grade = (each) => TROUBLE.indexOf(this.tiles.get(each).condition);
     found.sort((one, other) => grade(one) - grade(other) || one - other);
