@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,8 +22,10 @@ from tests.forks import Fork
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
 KILLED = "worker rank 2 on anna was killed by SIGKILL; the other workers were stopped"
 SECONDS = 5.0
 
@@ -120,7 +123,7 @@ def compare(view: View, folder: Path) -> None:
 
 
 def is_red(colour: str) -> bool:
-    red, green, blue = map(float, colour.removeprefix("rgb(").removesuffix(")").split(",")[:3])
+    red, green, blue = map(float, re.findall(r"[\d.]+", colour)[:3])
     return red > 1.5 * max(green, blue)
 
 
