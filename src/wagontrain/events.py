@@ -80,7 +80,7 @@ class Events:
 class JsonLines(Sink):
     """Keeps events in a file, one JSON object a line, each line written at once.
 
-    They may come from several threads.
+    They may come from several threads, and in one of them after the end: then they are left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,11 +92,13 @@ class JsonLines(Sink):
         """Append one line."""
         line = self._text(event) + "\n"
         with self._lock:
-            self._file.write(line)
+            if not self._file.closed:
+                self._file.write(line)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
 def read(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:

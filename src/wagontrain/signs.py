@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
+import re
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,14 +32,12 @@ class Signs:
 
     def __init__(self, events: Events) -> None:
         self._events = events
-        self._lock = threading.Lock()
         self._due = 0.0
         self._every = SECONDS
-        self._over = False
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
-        return time.monotonic() >= self._due and not self._over
+        return time.monotonic() >= self._due
 
     def send(self, doing: Mapping[int, str], silent: Mapping[int, float], **more: Any) -> None:
         """One event.
@@ -65,16 +63,8 @@ class Signs:
         }
         self._every = max(SECONDS, len(json.dumps(fields)) / BYTES_PER_SECOND)
         self._due = time.monotonic() + self._every
-        with self._lock:
-            if not self._over:
-                # Whoever trains meets a full disk by itself, and says so.
-                with contextlib.suppress(OSError):
-                    self._events.send("workers", **fields)
-
-    def close(self) -> None:
-        """No more of them; the events are not closed."""
-        with self._lock:
-            self._over = True
+        with contextlib.suppress(OSError):  # whoever trains meets a full disk, too, and says so
+            self._events.send("workers", **fields)
 
 
 def ranges(numbers: Iterable[int]) -> str:
@@ -96,8 +86,10 @@ def numbers_in(text: str) -> list[int]:
     """
     found: list[int] = []
     for span in filter(None, text.split(",")):
-        first, _, last = span.partition("-")
-        begin, end = int(first), int(last or first)
+        parts = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", span)
+        if parts is None:
+            raise ValueError(f"{span!r} is no range of numbers")
+        begin, end = int(parts[1]), int(parts[2] or parts[1])
         if end - begin > 1_000_000:
             raise ValueError(f"{span!r} are too many workers")
         found.extend(range(begin, end + 1))

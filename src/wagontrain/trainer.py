@@ -111,7 +111,8 @@ class Run:
         self.step_count = self.first_step = 0
         self.values: dict[str, float] = {}
         places = context.gather_text(f"{socket.gethostname()} {device}")
-        self._hosts, self._devices = zip(*(place.split(" ") for place in places), strict=True)
+        self._places = [place.split(" ") for place in places]
+        self._hosts = [host for host, _ in self._places]
         if self.plan is not None:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
         self._data_seconds = 0.0
@@ -344,7 +345,7 @@ class Run:
     def close(self) -> None:
         """Let go of everything without a summary."""
         self._closed = True
-        self._end_events()
+        self._events.close()
         self.runner.close()
         self.context.watch.close()
 
@@ -354,12 +355,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         if kind is not None:
             self._events.send("failed", message=f"{kind.__name__}: {details[0]}")
-            self._end_events()
-
-    def _end_events(self) -> None:
-        if self.context.watch.signs is not None:
-            self.context.watch.signs.close()
-        self._events.close()
+            self._events.close()
 
     def _require_open(self) -> None:
         if self._closed:
@@ -397,17 +393,11 @@ class Run:
         self._events.send(
             "start",
             **description,
-            device=world.device.type,
-            threads=world.threads,
-            epochs=self.task.epochs,
-            steps=self.steps,
-            steps_per_epoch=self.task.steps_per_epoch,
-            batch_size=self.task.batch_size,
-            samples=self.task.samples,
-            first_step=self.first_step,
-            ranks=[list(place) for place in zip(self._hosts, self._devices, strict=True)],
-            **({"plan": planned} if planned else {}),
-        )
+            device=world.device.type, threads=world.threads, ranks=self._places,
+            epochs=self.task.epochs, steps=self.steps, first_step=self.first_step,
+            steps_per_epoch=self.task.steps_per_epoch, batch_size=self.task.batch_size,
+            samples=self.task.samples, **({"plan": planned} if planned else {}),
+        )  # fmt: skip
         self.context.sent.refresh()
         self.context.sent.lap()
 

@@ -324,3 +324,27 @@ def test_a_real_run_with_its_page(view: View, task_file: Path, tmp_path: Path) -
     assert "live page: http://127.0.0.1:" in out
     assert len(events_of(run, "workers")) >= 2
     assert view.page.locator(".tile").count() == 2
+
+
+@pytest.mark.whole
+def test_a_real_worker_of_a_crew_is_killed_and_replaced(
+    view: View, task_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [SCRIPTS / "wagontrain", "run", f"{task_file}:slow", "--workers", "2", "--strategy",
+             "parameter-server", "--run-dir", run, "--steps", "500"]  # fmt: skip
+    process = Fork(words, tmp_path, clean_environment(), starts=8)
+    with serving(run) as server:
+        view.open(server.url)
+        view.until(lambda: view.page.locator(".tile").count() == 2, 60)
+        view.until(lambda: view.figure("step") > 20, 60)
+        first = events_of(run, "joined")[0]
+        os.kill(first["process"], signal.SIGKILL)
+        view.until(lambda: is_red(view.colour(first["worker"])), 10)
+        assert "was killed by SIGKILL" in view.page.locator("#troubles").inner_text()
+        view.until(lambda: view.page.locator(".tile").count() == 3, 60)
+        assert view.page.locator("#shards tbody tr").count() == 1
+        view.until(lambda: view.condition(3) == "working", 30)
+        process.send_signal(signal.SIGINT)
+        process.communicate(30)
+        view.until(lambda: view.status() == "failed")

@@ -76,6 +76,13 @@ def test_the_one_that_was_killed_is_dead_and_the_others_only_stopped() -> None:
     assert state.message == KILLED
 
 
+def test_ctrl_c_is_nobodys_fault() -> None:
+    events = [*recorded.synchronous(2, 50, until=NOW), recorded.failed("KeyboardInterrupt: ", NOW)]
+    state = state_of(*events)
+    assert state.message == "stopped by Ctrl-C"
+    assert set(conditions(state).values()) == {"stopped"}
+
+
 @pytest.mark.parametrize(
     ("message", "ranks"),
     [
@@ -257,7 +264,7 @@ def test_numbers_of_ranks_that_cannot_be_take_no_memory() -> None:
     assert state.unreadable == 1
     assert len(state.tiles.of) == 2
     state = State()
-    state.take(recorded.start(sys.maxsize, NOW, ranks=None))
+    state.take(recorded.start(2, NOW) | {"world_size": sys.maxsize, "ranks": None})
     assert len(state.tiles.of) <= 20_000
 
 

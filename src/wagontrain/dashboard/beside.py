@@ -57,12 +57,15 @@ def page(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
     process = subprocess.Popen(
         [sys.executable, "-c", _PROGRAM, str(package), str(folder.absolute())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,  # Ctrl-C is for the run, whose end the page shows
     )  # fmt: skip
-    listener = threading.Thread(target=_hear, args=(process, say), daemon=True, name="page")
+    over = threading.Event()
+    listener = threading.Thread(target=_hear, args=(process, say, over), daemon=True, name="page")
     listener.start()
     try:
         yield
     finally:
+        over.set()
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -76,7 +79,9 @@ def page(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         process.stdout.close()
 
 
-def _hear(process: subprocess.Popen[str], say: Callable[[str], None]) -> None:
+def _hear(
+    process: subprocess.Popen[str], say: Callable[[str], None], over: threading.Event
+) -> None:
     """Pass on what the process has to say: its address, or in the last line why it has none."""
     assert process.stdout is not None
     last, found = "", False
@@ -85,7 +90,7 @@ def _hear(process: subprocess.Popen[str], say: Callable[[str], None]) -> None:
         if last.startswith("http://") and not found:
             found = True
             say(f"live page: {last}")
-    if not found:
+    if not found and not over.is_set():
         say(f"there is no live page, and training goes on without: {last}")
 
 

@@ -217,6 +217,8 @@ class State:
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
         self.status, self.message = "failed", clipped(event["message"], 2000)
+        if self.message.startswith("KeyboardInterrupt"):
+            self.message = "stopped by Ctrl-C"
         self.tiles.end(float(event["time"]), self.revision, self.message)
         self._mark("status", "tiles", "doing")
 

@@ -129,7 +129,8 @@ class Tiles:
         self.comes_and_goes = "join" in event
         if self.comes_and_goes:
             return
-        places = event.get("ranks") or [["", event.get("device", "")]] * int(event["world_size"])
+        count = min(MOST, int(event["world_size"]))
+        places = event.get("ranks") or [["", event.get("device", "")]] * count
         for rank, (host, device) in enumerate(places[:MOST]):
             self.of[rank] = Tile(rank, clipped(host, 80), clipped(device, 20), changed=revision)
         self.lineup = revision

@@ -147,7 +147,6 @@ class Record(Observer):
         try:
             yield
         except BaseException as error:
-            self._signs.close()
             self.events.send("failed", message=f"{type(error).__name__}: {error}")
             self.events.close()
             raise

@@ -71,10 +71,12 @@ function drawHead() {
     const count = run.world_size;
     const where = run.hosts.length > 1 ? ` on ${run.hosts.length} hosts` : ` on ${run.hosts[0]}`;
     put(at("title"), `${run.strategy} over ${count} worker${count > 1 ? "s" : ""}`);
-    const settings = Object.entries(run.settings).map(([key, value]) => `${key} ${value}`);
+    const settings = Object.entries(run.settings).map(([key, value]) => `${key} = ${value}`);
+    at("settings").hidden = !settings.length;
+    put(at("all-settings"), settings.join(", "));
     put(at("subtitle"), [
       `${whole(run.samples)} samples in batches of ${whole(run.batch_size)}${where}, ${run.device}`,
-      run.exact ? "exact" : "relaxed: not the same mathematics as one process", ...settings,
+      run.exact ? "exact" : "relaxed: not the same mathematics as one process",
     ].join(" · "));
     document.title = `${STATUS[page.status.status].slice(2)} – ${run.strategy} – wagontrain`;
   }
