@@ -33,7 +33,6 @@ class Signs:
     def __init__(self, events: Events) -> None:
         self._events = events
         self._due = 0.0
-        self._every = SECONDS
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
@@ -56,15 +55,14 @@ class Signs:
             if seconds > 2 * SECONDS
         }
         fields = {
-            "every": round(self._every, 1),
             "doing": {phrase: ranges(numbers) for phrase, numbers in alike.items()},
             "silent": quiet,
             **more,
         }
-        self._every = max(SECONDS, len(json.dumps(fields)) / BYTES_PER_SECOND)
-        self._due = time.monotonic() + self._every
+        every = max(SECONDS, len(json.dumps(fields)) / BYTES_PER_SECOND)
+        self._due = time.monotonic() + every
         with contextlib.suppress(OSError):  # whoever trains meets a full disk, too, and says so
-            self._events.send("workers", **fields)
+            self._events.send("workers", every=round(every, 1), **fields)
 
 
 def ranges(numbers: Iterable[int]) -> str:
