@@ -48,9 +48,24 @@ def test_figures_are_those_of_the_events() -> None:
     loss = shown["curves"]["loss"]["points"]
     assert [row[0] for row in loss] == [event["step"] for event in steps]
     assert [row[2] for row in loss] == [pytest.approx(e["loss"], rel=1e-5) for e in steps]
-    speed = shown["curves"]["speed"]["points"][-1][2]
-    assert speed == pytest.approx(512 / (steps[-1]["seconds"] + 0.004), rel=1e-5)
+    seconds = sum(event["seconds"] + event["data_seconds"] for event in steps)
+    speed = shown["curves"]["speed"]["points"]
+    covered = sum(row[5] for row in speed)
+    assert covered == pytest.approx(seconds, abs=1.2)
+    mean = sum(row[2] * row[5] for row in speed) / covered
+    assert mean == pytest.approx(512 * len(steps) / seconds, rel=0.01)
     assert shown["status"] == {"status": "running", "message": ""}
+
+
+def test_updates_in_bursts_are_not_taken_for_speed() -> None:
+    state = State()
+    state.take(recorded.start(2, NOW, crewed=True))
+    for number in range(400):  # pairs of updates, the second at once after the first
+        seconds = 0.2 if number % 2 else 0.0001
+        state.take(recorded.step(number, NOW + number / 10, seconds=seconds, data_seconds=0.0))
+    rates = [bucket.high for bucket in state.curves["speed"].buckets]
+    assert len(rates) > 30
+    assert max(rates) < 1.3 * 512 / 0.1
 
 
 def test_a_slow_rank_that_others_wait_for() -> None:
@@ -205,6 +220,7 @@ def test_hundreds_of_thousands_of_events_take_bounded_room() -> None:
     assert max(state.staleness) == STALEST
     assert len(state.log.since(0)) <= LINES
     assert len(state.log.kinds) <= 100
+    assert state.log.before + sum(line["times"] for line in state.log.since(0)) == state.log.count
 
 
 def test_many_alike_stand_in_one_line() -> None:

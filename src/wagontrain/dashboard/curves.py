@@ -42,8 +42,9 @@ class Bucket:
         self.count += other.count
 
     def plain(self) -> list[float]:
-        """Step, seconds, mean, least and largest value."""
-        return [self.step, round(self.time, 3), *map(_short, (self.mean, self.low, self.high))]
+        """Step, seconds, mean, least and largest value, and what the mean weighs."""
+        figures = (self.mean, self.low, self.high, self.below)
+        return [self.step, round(self.time, 3), *map(_short, figures)]
 
 
 class Curve:
@@ -91,6 +92,30 @@ class Curve:
         """
         start = max(0, count - 1) if generation == self.generation else 0
         return start, [bucket.plain() for bucket in self.buckets[start:]]
+
+
+class Rate:
+    """A curve of something a second, each of whose points is of a second at least.
+
+    Updates of workers that do not wait for each other come in bursts: the time from one to the next
+    says nothing of how many there are in a second.
+    """
+
+    SECONDS = 1.0
+
+    def __init__(self, curve: Curve) -> None:
+        self.curve = curve
+        self._amount = self._seconds = 0.0
+
+    def add(self, step: int, time: float, amount: float, seconds: float) -> None:
+        """So much more in so many seconds more."""
+        if not math.isfinite(amount) or not 0 <= seconds < math.inf:
+            return
+        self._amount += amount
+        self._seconds += seconds
+        if self._seconds >= self.SECONDS:
+            self.curve.add(step, time, self._amount, self._seconds)
+            self._amount = self._seconds = 0.0
 
 
 def _short(value: float) -> float:

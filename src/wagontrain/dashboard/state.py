@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wagontrain.dashboard.curves import Curve
+from wagontrain.dashboard.curves import Curve, Rate
 from wagontrain.dashboard.tiles import Tiles, doing_now
 from wagontrain.dashboard.words import SILENT, Log, clipped
 
@@ -61,6 +61,7 @@ class State:
         self.shards: list[dict[str, Any]] = []
         self.staleness: dict[int, int] = {}
         self.curves: dict[str, Curve] = {}
+        self._rates: dict[str, Rate] = {}
         self.tiles = Tiles()
         self.log = Log()
         self.last = 0.0
@@ -143,9 +144,9 @@ class State:
             "step_seconds": smooth,
             "samples_per_second": samples / smooth if smooth > 0 else None,
         }  # fmt: skip
-        self._add("speed", event, samples, seconds)
+        self._add("speed", event, samples, seconds, rate=True)
         if event.get("sent") is not None:
-            self._add("sent", event, float(event["sent"]), seconds)
+            self._add("sent", event, float(event["sent"]), seconds, rate=True)
         if event.get("staleness") is not None:
             stale = min(STALEST, max(0, math.ceil(float(event["staleness"]))))
             self.staleness[stale] = self.staleness.get(stale, 0) + 1
@@ -222,12 +223,22 @@ class State:
         self.tiles.end(float(event["time"]), self.revision, self.message)
         self._mark("status", "tiles", "doing")
 
-    def _add(self, name: str, event: Mapping[str, Any], above: float, below: float = 1.0) -> None:
-        if name not in self.curves and len(self.curves) < CURVES:
+    def _add(
+        self,
+        name: str,
+        event: Mapping[str, Any],
+        above: float,
+        below: float = 1.0,
+        rate: bool = False,
+    ) -> None:
+        if name not in self.curves:
+            if len(self.curves) >= CURVES:
+                return
             self.curves[name] = Curve()
-        if name in self.curves:
-            since = float(event["time"]) - self.run.get("started", 0.0)
-            self.curves[name].add(int(event["step"]), since, above, below)
+            self._rates[name] = Rate(self.curves[name])
+        since = float(event["time"]) - self.run.get("started", 0.0)
+        curve = self._rates[name] if rate else self.curves[name]
+        curve.add(int(event["step"]), since, above, below)
 
     _HANDLERS: dict[str, Callable[[State, Mapping[str, Any]], None]] = {  # noqa: RUF012
         "start": _on_start, "step": _on_step, "loss": _on_loss, "times": _on_times,
@@ -257,7 +268,7 @@ class State:
             news |= self._new_tiles(cursor.revision)
         lines = self.log.since(cursor.log)
         if lines:
-            news["log"] = {"lines": lines, "count": self.log.count}
+            news["log"] = {"lines": lines, "before": self.log.before}
             cursor.log = self.log.count
         cursor.revision = self.revision
         return news
@@ -267,6 +278,8 @@ class State:
         for name, curve in self.curves.items():
             generation, count = cursor.curves.get(name, (0, 0))
             start, points = curve.since(generation, count)
+            if not points:
+                continue
             last = len(points) == 1 and start == count - 1
             if last and self._changed.get("now", 0) <= cursor.revision:
                 continue

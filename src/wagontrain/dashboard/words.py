@@ -46,10 +46,10 @@ class Line:
 
 
 class Log:
-    """The last lines, and how many there were."""
+    """The last lines; `count` events there were, and `before` of them stand in no line any more."""
 
     def __init__(self, lines: int = LINES) -> None:
-        self.count = 0
+        self.count = self.before = 0
         self.kinds: Counter[str] = Counter()
         self._lines: deque[Line] = deque(maxlen=lines)
 
@@ -64,6 +64,8 @@ class Log:
         if last is not None and last.kind == kind and kind in _MANY:
             line.first, line.times = last.first, last.times + 1
             self._lines.pop()
+        if len(self._lines) == self._lines.maxlen:
+            self.before += self._lines[0].times
         self._lines.append(line)
         self.count += 1
 

@@ -7,7 +7,7 @@ const PIXELS = 3;
 
 const LEFT = 58, RIGHT = 18, TOP = 10, BOTTOM = 24;
 
-// Points of one curve, as the server sends them: [step, time, mean, low, high].
+// Points of one curve, as the server sends them: [step, time, mean, low, high, weight].
 export class Points {
   constructor() {
     this.rows = [];
@@ -82,21 +82,18 @@ export class Chart {
     this.draw();
   }
 
-  // What is written above: the chosen point, or the last.
+  // What is written above: the chosen point; whoever cannot see the curve is told of the last.
   write() {
-    const row = this.cursor === null ? this.main[this.main.length - 1] : this.main[this.cursor];
+    const row = this.main[this.cursor ?? this.main.length - 1];
     let text = "";
     if (row) {
-      text = `${this.cursor === null ? "last" : `step ${row[0].toLocaleString("en-US")}`} ` +
-        this.describe(row[2]);
-      if (this.cursor !== null && row[3] !== row[4]) {
+      text = `step ${row[0].toLocaleString("en-US")}: ${this.describe(row[2])}`;
+      if (row[3] !== row[4]) {
         text += ` (${this.describe(row[3])} to ${this.describe(row[4])})`;
       }
     }
-    if (this.readout.textContent !== text) {
-      this.readout.textContent = text;
-      this.canvas.setAttribute("aria-label", `${this.title}: ${text || "nothing yet"}`);
-    }
+    this.readout.textContent = this.cursor === null ? "" : text;
+    this.canvas.setAttribute("aria-label", `${this.title}: ${text || "nothing yet"}`);
   }
 
   range() {
@@ -206,18 +203,18 @@ export class Chart {
   // Neighbours within a few pixels as one.
   drawn(rows) {
     const found = [];
-    let column = null, count = 0;
+    let column = null;
     for (const row of rows) {
       if (this.options.logarithmic && row[3] <= 0) continue;
       const here = Math.floor(this.scale.x(this.x(row)) / PIXELS);
       const last = found[found.length - 1];
       if (here !== column) {
         found.push([...row]);
-        [column, count] = [here, 1];
+        column = here;
         continue;
       }
-      count += 1;
-      last[2] += (row[2] - last[2]) / count;
+      last[5] += row[5];
+      last[2] += ((row[2] - last[2]) * row[5]) / last[5];
       last[3] = Math.min(last[3], row[3]);
       last[4] = Math.max(last[4], row[4]);
       [last[0], last[1]] = [row[0], row[1]];

@@ -131,8 +131,10 @@ function chartOf(name) {
     const chart = new Chart(title, describe);
     chart.options = optionsOf(name);
     page.charts.set(name, chart);
-    chart.figure.style.order = name in CHARTS ? Object.keys(CHARTS).indexOf(name) : 9;
-    at("charts").append(chart.figure);
+    chart.place = name in CHARTS ? Object.keys(CHARTS).indexOf(name) : Infinity;
+    const after = [...page.charts.values()].filter((other) => other.place > chart.place)
+      .sort((one, other) => one.place - other.place)[0];
+    at("charts").insertBefore(chart.figure, after?.figure ?? null);
   }
   return page.charts.get(name);
 }
@@ -184,7 +186,7 @@ function drawServers(news) {
   }
 }
 
-function drawLog({ lines, count }) {
+function drawLog({ lines, before }) {
   const list = at("log");
   for (const line of lines) {
     const first = list.firstElementChild;
@@ -198,8 +200,7 @@ function drawLog({ lines, count }) {
     list.prepend(item);
   }
   while (list.childElementCount > LINES) list.lastElementChild.remove();
-  const kept = list.childElementCount;
-  put(at("log-count"), count > kept ? `${whole(count)} events, the last of them` : "");
+  put(at("log-count"), before ? `and ${whole(before)} before these` : "");
 }
 
 // What goes on by itself: how long ago somebody was heard of.
