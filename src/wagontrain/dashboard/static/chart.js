@@ -29,6 +29,7 @@ export class Chart {
     this.describe = describe;
     this.series = [];
     this.level = null;
+    this.fromZero = false; // whether the axis begins there, however little the curve changes
     this.options = { against: "step", logarithmic: false };
     this.cursor = null;
     this.canvas = element("canvas", { tabindex: "0", role: "img" });
@@ -116,7 +117,7 @@ export class Chart {
     }
     if (this.options.logarithmic) {
       [low, high] = [Math.log10(low), Math.log10(high)];
-    } else if (low > 0 && low < high / 2) {
+    } else if (low > 0 && (this.fromZero || low < high / 2)) {
       low = 0;
     }
     const room = (high - low || Math.abs(high) || 1) * 0.06;

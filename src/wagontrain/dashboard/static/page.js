@@ -130,6 +130,7 @@ function chartOf(name) {
     if (name === "sent" && page.run.crewed) title = "Sent by all workers, a second";
     const chart = new Chart(title, describe);
     chart.options = optionsOf(name);
+    chart.fromZero = name === "speed" || name === "sent";
     page.charts.set(name, chart);
     chart.place = name in CHARTS ? Object.keys(CHARTS).indexOf(name) : Infinity;
     const after = [...page.charts.values()].filter((other) => other.place > chart.place)
