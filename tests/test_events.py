@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from wagontrain import events
 from wagontrain.errors import UsageError
-from wagontrain.events import Event, Events, JsonLines, Sink, TensorBoard
+from wagontrain.events import Event, Events, JsonLines, Sink, TensorBoard, note_failure, read
 from wagontrain.folder import RunFolder
 
 
@@ -88,3 +90,41 @@ def test_two_runs_in_a_second_get_a_folder_each(
     first, second = RunFolder.create(None, "job"), RunFolder.create(None, "job")
     assert first.path != second.path
     assert first.path.parent == second.path.parent == Path("runs")
+
+
+def test_a_failure_that_the_writer_could_not_tell(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    note_failure(file, ValueError("nobody began"))
+    assert not file.exists()
+    file.write_text('{"kind": "start", "time": 1}\n{"kind": "step", "ti')
+    note_failure(file, ValueError("rank 1 was killed"))
+    found = [event for event, _ in read(file)]
+    assert [event["kind"] for event in found] == ["start", "failed"]
+    assert found[1]["message"] == "rank 1 was killed"
+    note_failure(file, ValueError("what followed from it"))
+    assert [event for event, _ in read(file)] == found
+
+
+def test_a_run_that_has_ended_has_not_failed(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_text('{"kind": "start", "time": 1}\n{"kind": "end", "time": 2}\n')
+    note_failure(file, KeyboardInterrupt())
+    assert [event["kind"] for event, _ in read(file)] == ["start", "end"]
+
+
+def test_lines_of_several_threads_stay_whole(tmp_path: Path) -> None:
+    file = tmp_path / "events.jsonl"
+    sink = JsonLines(file)
+
+    def write(number: int) -> None:
+        for _ in range(200):
+            sink.take({"kind": "step", "number": number, "text": "x" * 500})
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sink.close()
+    sink.take({"kind": "workers"})  # late
+    assert Counter(event["number"] for event, _ in read(file)) == dict.fromkeys(range(4), 200)

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from torch.distributed import Store
 
 from wagontrain.errors import WagontrainError, WorkerError
+from wagontrain.events import Event, Events, Sink
 from wagontrain.launch.rendezvous import store_at
+from wagontrain.signs import Signs
 from wagontrain.watch import RankWatch, Watch, lost_peer
 
 PEER = RuntimeError("[/x/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
@@ -122,6 +124,26 @@ def test_a_silent_rank_is_named_to_all_and_their_waits_are_ended(
     assert 1 < time.monotonic() - began < 6
     assert not ended[1].is_set()
     assert not ranks.last_words
+
+
+def test_what_all_are_doing_is_among_the_events(ranks: Ranks) -> None:
+    watches = ranks.start(3, patience=20)
+    for watch in watches:
+        watch.wait_for_all(10)
+    told: list[dict[str, Any]] = []
+
+    class Kept(Sink):
+        def take(self, event: Event) -> None:
+            told.append(event)
+
+    for number, watch in enumerate(watches):
+        watch.at("in validation" if number == 1 else "in step 3")
+    watches[0].signs = Signs(Events([Kept()]))
+    until(lambda: told and told[-1]["doing"] == {"in step 3": "0,2", "in validation": "1"})
+    assert told[-1]["silent"] == {}
+    watches[1]._stop_threads()
+    until(lambda: "1" in told[-1]["silent"])
+    assert set(told[-1]["silent"]) == {"1"}
 
 
 def test_rank_zero_silent_with_a_store_that_lives_is_named_by_the_others(ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_plan, cli_testbed, launch
+from wagontrain import checkpoint, cli_dashboard, cli_plan, cli_testbed, launch
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
@@ -32,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_plan.app)
+app.add_typer(cli_dashboard.app)
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
@@ -76,6 +77,9 @@ def run(
     patience: Annotated[
         float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
     ] = 30.0,
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Show the run in the browser meanwhile.")
+    ] = False,
 ) -> None:
     """Train the task in FILE."""
     given = _settings(settings)
@@ -91,7 +95,10 @@ def run(
     chosen = make_strategy(strategy, given)
     found = read_plan(plan, strategy) if plan is not None else None
     starter = make_engine(engine, address)
-    with _stoppable():
+    display = Progress(Console())
+    label = Path(file.partition(":")[0]).stem
+    run_dir, page = cli_dashboard.beside_run(run_dir, label, display.print, dashboard)
+    with _stoppable(), page:
         start(
             load_task(file),
             chosen,
@@ -100,10 +107,10 @@ def run(
             steps=steps,
             overrides=_given(epochs=epochs, batch_size=batch_size, seed=seed),
             task_file=file,
-            label=Path(file.partition(":")[0]).stem,
+            label=label,
             resume=resume,
             engine=starter,
-            display=Progress(Console()),
+            display=display,
             terms=Terms(interface, patience),
             plan=found,
         )

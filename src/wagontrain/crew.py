@@ -181,7 +181,7 @@ def _lead(
             )  # fmt: skip
             coordinator, record = strategy.coordinator(task, site)
             record.begin(workers)
-            with ended(crew, coordinator):
+            with record.failing(), ended(crew, coordinator):
                 crew.begin(job, listener.endpoint, strategy.shards, here)
                 coordinator.run(lambda: crew.look_after(coordinator))
             summary = record.end(workers)
@@ -224,7 +224,7 @@ def take_part(task: Task, strategy: Crewed, coordinator: str, secret: Secret) ->
         with Network(secret) as network:
             client = None
             try:
-                client = Client(network, coordinator, own)
+                client = Client(network, coordinator, own, device=str(device))
                 strategy.worker(task, client, device).run()
             except OverError:
                 return

@@ -5,21 +5,40 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 
 | kind       | fields                                                                         |
 |------------|--------------------------------------------------------------------------------|
-| start      | task, strategy, settings, exact, world_size, hosts, devices, threads, epochs,  |
-|            | steps, batch_size, samples                                                      |
+| start      | strategy, settings, exact, world_size, hosts, device, threads, epochs, steps,   |
+|            | steps_per_epoch, batch_size, samples, first_step; plan, where one was made;     |
+|            | ranks: host and device of each, where they do not come and go; join and secret, |
+|            | where they do                                                                   |
 | step       | step, epoch, samples, loss, seconds, data_seconds, sent; covers, where the loss |
 |            | is the mean over so many samples, those of several steps                        |
 | loss       | step, epoch, loss, covers: a mean that became known after its steps             |
 | times      | step, compute, waiting, data: one number per rank; exchange: one for all;       |
 |            | means of a step                                                                 |
 | validation | epoch, step, values                                                             |
+| workers    | about once a second: doing, phrase -> the ranks, such as "0-3,7"; silent, rank  |
+|            | -> seconds since it was heard of, where that is long; every, seconds after      |
+|            | which the next such event is due (see `signs`)                                  |
 | end        | summary                                                                         |
 | failed     | message                                                                         |
+
+Where workers come and go (see `servers`) their numbers stand for ranks, and there are also
+
+| kind       | fields                                                                         |
+|------------|--------------------------------------------------------------------------------|
+| workers    | beside the above: work, worker -> batches, samples, seconds of computing a      |
+|            | batch, bytes sent; shards, one each: ready, behind (updates still to apply),    |
+|            | applied, busy (seconds of work so far), lost, silent                            |
+| joined     | worker, host, process, device                                                   |
+| left       | worker, host, process, why, doing                                               |
+| restarted  | what, process, why: a worker or server shard that was started again             |
+| shard_restarted | shard, version                                                             |
+| dropped, lost, spoiled, again, mislaid, too_far, refused | see `servers.commands.Note`       |
 """
 
 from __future__ import annotations
 
 import json
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -59,19 +78,27 @@ class Events:
 
 
 class JsonLines(Sink):
-    """Keeps events in a file, one JSON object a line, each line written at once."""
+    """Keeps events in a file, one JSON object a line, each line written at once.
+
+    They may come from several threads, and in one of them after the end: then they are left out.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", buffering=1)
+        self._lock = threading.Lock()
         self._text = json.JSONEncoder(default=str).encode
 
     def take(self, event: Event) -> None:
         """Append one line."""
-        self._file.write(self._text(event) + "\n")
+        line = self._text(event) + "\n"
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(line)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with self._lock:
+            self._file.close()
 
 
 def read(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
@@ -88,6 +115,32 @@ def read(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             start += len(line)
             yield json.loads(line), start
+
+
+def note_failure(path: Path, error: BaseException) -> None:
+    """Add a "failed" event to a file whose writer could not say so itself: it was killed, say.
+
+    A line that it had not written to its end is taken away. Nothing is added where the run has
+    said how it ended, or has not begun to write.
+    """
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        size = file.seek(0, 2)
+        start = max(0, size - _TAIL_BYTES)
+        file.seek(start)
+        tail = file.read()
+        whole = tail[: tail.rfind(b"\n") + 1]
+        last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+        if last.startswith((b'{"kind": "failed"', b'{"kind": "end"')) or (start and not whole):
+            return
+        file.truncate(start + len(whole))
+    sink = JsonLines(path)
+    Events([sink]).send("failed", message=str(error) or type(error).__name__)
+    sink.close()
+
+
+_TAIL_BYTES = 1 << 20
 
 
 class TensorBoard(Sink):

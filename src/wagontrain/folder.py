@@ -42,10 +42,7 @@ class RunFolder:
         Raises:
             UsageError: it holds a run already, is a file, or cannot be written.
         """
-        if path is None:
-            folder = _fresh(Path("runs"), f"{label}-{time.strftime('%Y%m%d-%H%M%S')}")
-        else:
-            folder = Path(path)
+        folder = fresh(label) if path is None else Path(path)
         if folder.is_file():
             raise UsageError(f"run directory {str(folder)!r} is a file: give another --run-dir")
         try:
@@ -115,8 +112,9 @@ class RunFolder:
         return result
 
 
-def _fresh(parent: Path, name: str) -> Path:
-    """`parent/name`, or with a number behind it where two runs start in the same second."""
+def fresh(label: str) -> Path:
+    """`runs/LABEL-DATE-TIME`, or with a number behind it where two start in the same second."""
+    parent, name = Path("runs"), f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [parent / name, *(parent / f"{name}-{number}" for number in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
 

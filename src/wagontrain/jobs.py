@@ -18,7 +18,7 @@ from torch import Tensor
 from wagontrain import checkpoint, launch, planning
 from wagontrain.engines import Engine, Local, make_engine
 from wagontrain.errors import UsageError, WorkerError
-from wagontrain.events import Sink
+from wagontrain.events import Sink, note_failure
 from wagontrain.folder import RunFolder
 from wagontrain.job import Job, run_job
 from wagontrain.launch import Failure, Place, Terms
@@ -197,6 +197,9 @@ def start(
             run_job(job, source, strategy, count, folder, engine)
     except UsageError:
         folder.discard()
+        raise
+    except BaseException as error:
+        note_failure(folder.events, error)  # whoever writes events was ended with the others
         raise
     if not folder.has_ended():
         raise WorkerError(

@@ -94,6 +94,10 @@ class Roll:
         """Ranks heard of so far."""
         return sorted(self._heard)
 
+    def signs(self, now: float) -> list[tuple[Pulse, float]]:
+        """The last pulse of every rank heard of, and how many seconds ago that was."""
+        return [(pulse, now - when) for _, (pulse, when) in sorted(self._heard.items())]
+
     @property
     def all_others_left(self) -> bool:
         """Whether all heard of have ended in good order, rank 0 aside."""

@@ -26,6 +26,7 @@ from wagontrain.folder import RunFolder
 from wagontrain.identity import order_of, require_same_data, require_same_order
 from wagontrain.objective import not_finite
 from wagontrain.plan import Plan
+from wagontrain.signs import Signs
 from wagontrain.state import Held
 from wagontrain.stragglers import RankTimes
 from wagontrain.strategy import StepReport, StepTimes, Strategy
@@ -120,7 +121,9 @@ class Run:
         self.values: dict[str, float] = {}
         self.callbacks = Callbacks(task.callbacks, context)
         self.stopped = ""
-        self._hosts = context.gather_text(socket.gethostname())
+        places = context.gather_text(f"{socket.gethostname()} {device}")
+        self._places = [place.split(" ") for place in places]
+        self._hosts = [host for host, _ in self._places]
         if self.plan is not None:
             self.plan.require(context.world.size, len(set(self._hosts)), device.type)
         self._data_seconds = 0.0
@@ -373,6 +376,7 @@ class Run:
     def _announce(self, sinks: Sequence[Sink]) -> None:
         world = self.context.world
         own = self.folder.sinks() if self.folder else []
+        self.context.watch.signs = Signs(Events(own)) if own else None
         self._events = Events([*own, *sinks] if world.rank == 0 else [])
         description = {
             "strategy": self.strategy.name,
@@ -387,16 +391,11 @@ class Run:
         self._events.send(
             "start",
             **description,
-            device=world.device.type,
-            threads=world.threads,
-            epochs=self.task.epochs,
-            steps=self.steps,
-            steps_per_epoch=self.task.steps_per_epoch,
-            batch_size=self.task.batch_size,
-            samples=self.task.samples,
-            first_step=self.first_step,
-            **({"plan": planned} if planned else {}),
-        )
+            device=world.device.type, threads=world.threads, ranks=self._places,
+            epochs=self.task.epochs, steps=self.steps, first_step=self.first_step,
+            steps_per_epoch=self.task.steps_per_epoch, batch_size=self.task.batch_size,
+            samples=self.task.samples, **({"plan": planned} if planned else {}),
+        )  # fmt: skip
         self.context.sent.refresh()
         self.context.sent.lap()
 

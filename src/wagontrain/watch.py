@@ -32,6 +32,7 @@ from torch.distributed import Store
 
 from wagontrain.errors import WagontrainError, WorkerError
 from wagontrain.roll import Limits, Pulse, Roll
+from wagontrain.signs import Signs
 
 _HASTY_SECONDS = 5.0
 _PATIENT_SECONDS = 300.0
@@ -59,6 +60,7 @@ class Watch:
     interrupt: Callable[[], None] | None = None
     end: Callable[[int], object] = staticmethod(os._exit)
     """Ends the process, with a status, when training does not end by itself."""
+    signs: Signs | None = None  # on rank 0: who is told what all ranks are doing
 
     def at(self, doing: str, patient: bool = False) -> None:
         """Note what this rank is doing now: a phrase such as "in validation"."""
@@ -259,6 +261,7 @@ class RankWatch(Watch):
                 # The guard counts how long this goes on; a broken connection says more than
                 # silence does.
                 store, self._broken = None, True
+            self._tell()
             self._answer(store)
 
     def _answer(self, store: Store | None) -> None:
@@ -302,6 +305,14 @@ class RankWatch(Watch):
             store.compare_set("verdict", "", verdict)
         if store.check(["verdict"]):
             self._conclude(store.get("verdict").decode())
+
+    def _tell(self) -> None:
+        if self.signs is not None and self.signs.due():
+            heard = self._roll.signs(time.monotonic())
+            self.signs.send(
+                {pulse.rank: pulse.doing for pulse, _ in heard},
+                {pulse.rank: silent for pulse, silent in heard if not pulse.left},
+            )
 
     def _judge(self, store: Store, now: float) -> str | None:
         """What this rank holds of the others."""

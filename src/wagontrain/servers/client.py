@@ -63,13 +63,19 @@ class Client:
         coordinator: where it listens.
         fingerprint: of the task as this process has it.
         seconds: longest time to wait for any answer.
+        device: that it computes on, to be told to people.
 
     Raises:
         UsageError: the coordinator refuses this worker, or does not answer.
     """
 
     def __init__(
-        self, network: Network, coordinator: str, fingerprint: str, seconds: float = 300.0
+        self,
+        network: Network,
+        coordinator: str,
+        fingerprint: str,
+        seconds: float = 300.0,
+        device: str = "",
     ) -> None:
         self._network = network
         self.memory = network.arena.memory
@@ -81,8 +87,11 @@ class Client:
         self.doing = "starting"
         self.sent = 0
         self.welcome = self._say_hello(
-            Hello("worker", __version__, socket.gethostname(), getpid(), fingerprint=fingerprint)
-        )
+            Hello(
+                "worker", __version__, socket.gethostname(), getpid(), fingerprint=fingerprint,
+                device=device,
+            )
+        )  # fmt: skip
         self._closing = threading.Event()
         self._fetching = ThreadPoolExecutor(1, "fetch")
         self._pushing = ThreadPoolExecutor(1, "push")

@@ -111,6 +111,7 @@ class Coordinator:
                 looked = now
                 look_after()
                 self._give_up_the_silent(now)
+                self.observer.looked(self.members.values(), self.fleet, now)
             try:
                 incoming = self.listener.receive(TICK)
             except BadMessage as error:
@@ -195,8 +196,9 @@ class Coordinator:
         self._send(peer, Welcome(member.number, self.fleet.endpoints, self.terms.workers))
         self.observer.noted(
             "joined",
-            {"worker": member.number, "host": member.host, "process": member.process},
-        )
+            {"worker": member.number, "host": member.host, "process": member.process,
+             "device": message.device},
+        )  # fmt: skip
         self._obey(self.decisions.joined(member.number))
 
     def _send_round(self, shard: int, host: str) -> None:

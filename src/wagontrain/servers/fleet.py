@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -118,6 +119,15 @@ class Fleet:
     def endpoints(self) -> tuple[str, ...]:
         """Where workers find them."""
         return tuple(shard.endpoint for shard in self.shards)
+
+    def plain(self, now: float) -> list[dict[str, Any]]:
+        """How each shard is at `now`, as plain data, for people."""
+        return [
+            {"ready": shard.ready, "behind": max(0, self.version - shard.applied),
+             "applied": shard.applied, "busy": round(shard.seconds, 3), "lost": shard.lost,
+             "silent": round(now - shard.seen, 1) if shard.seen else None}
+            for shard in self.shards
+        ]  # fmt: skip
 
     def of(self, peer: bytes) -> Shard:
         """The shard that speaks by this name.

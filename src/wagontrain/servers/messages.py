@@ -53,6 +53,7 @@ class Hello:
         endpoint: where a shard listens.
         index: which shard it is.
         applied: the last commit a shard has; None for one that has nothing yet.
+        device: that a worker computes on.
     """
 
     role: Literal["worker", "shard"]
@@ -64,6 +65,7 @@ class Hello:
     endpoint: str = ""
     index: int = -1
     applied: int | None = None
+    device: str = ""
     kind: Literal["hello"] = "hello"
 
 

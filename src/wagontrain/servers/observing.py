@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
+from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.messages import Done
 
 
@@ -41,6 +43,9 @@ class Observer:
 
     def seen(self, member: Member) -> None:
         """A worker has given a sign of life."""
+
+    def looked(self, members: Iterable[Member], fleet: Fleet, now: float) -> None:
+        """Several times a second: who is there at `now`, by `time.monotonic`."""
 
     def kept(self, keep: commands.Keep) -> None:
         """A snapshot is taken."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,10 +20,12 @@ from wagontrain.objective import not_finite
 from wagontrain.servers import commands
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.deciding import Decisions
+from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.image import Image
 from wagontrain.servers.messages import Done, RowBytes
 from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.site import Site
+from wagontrain.signs import Signs
 from wagontrain.strategy import Strategy
 from wagontrain.task import Task
 from wagontrain.transport import Context
@@ -58,6 +61,7 @@ class Record(Observer):
         self.site = site
         self.folder = site.folder
         self.events = site.events
+        self._signs = Signs(site.events)
         self.last_step = min(task.epochs * task.steps_per_epoch, site.steps or sys.maxsize)
         self.values: dict[str, float] = {}
         self.steps = 0
@@ -116,6 +120,37 @@ class Record(Observer):
         """A worker has given a sign of life."""
         sent, _ = self._members.get(member.number, (0, 0))
         self._members[member.number] = (max(sent, member.sent), member.memory)
+
+    def looked(self, members: Iterable[Member], fleet: Fleet, now: float) -> None:
+        """Say once in a while what everybody is doing."""
+        if not self._signs.due():
+            return
+        there = list(members)
+        done = self.decisions.workers()
+        work = {
+            member.number: [
+                *(done.get(member.number, {}).get(key, 0) for key in ("pushes", "samples")),
+                round(done.get(member.number, {}).get("seconds", 0.0), 6),
+                self._members.get(member.number, (0, 0))[0],
+            ]
+            for member in there
+        }
+        self._signs.send(
+            {member.number: member.doing for member in there},
+            {member.number: now - member.seen for member in there},
+            work=work,
+            shards=fleet.plain(now),
+        )
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        """Within, an error is the end of the job, and told as such."""
+        try:
+            yield
+        except BaseException as error:
+            self.events.send("failed", message=f"{type(error).__name__}: {error}")
+            self.events.close()
+            raise
 
     def kept(self, keep: commands.Keep) -> None:
         """A snapshot is taken."""

@@ -1,0 +1,109 @@
+"""New events of a file that another process writes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 20
+"""Bytes read at a time, so that a long history is taken in turns with the browsers."""
+
+LONGEST = 16 << 20
+"""Bytes of a line beyond which it is passed over: memory has an end."""
+
+_HEAD = 128
+_MANY = 64
+_TIMES = b'{"kind": "times"'
+
+
+@dataclass
+class Read:
+    """What one reading gave.
+
+    Args:
+        events: in their order.
+        unreadable: lines that are no events.
+        again: whether the file is another one than before, or begins anew.
+        left: bytes that are in the file beyond what was read.
+    """
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: int = 0
+    again: bool = False
+    left: int = 0
+
+
+class Tail:
+    """Reads a file of events from its beginning, and then what is added.
+
+    Args:
+        path: of the file; it need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._head = b""
+        self._position = 0
+        self._rest = b""
+        self._skipping = False
+
+    def read(self) -> Read:
+        """What is new, at most about `CHUNK` bytes of it.
+
+        A last line that is still being written waits for the next call.
+        """
+        result = Read()
+        try:
+            with self.path.open("rb") as file:
+                head, size = file.read(_HEAD), file.seek(0, 2)
+                # A first event has its time in it: another file begins otherwise.
+                if size < self._position or not head.startswith(self._head):
+                    result.again = self._position > 0
+                    self._position, self._rest, self._skipping = 0, b"", False
+                self._head = head
+                file.seek(self._position)
+                data = file.read(CHUNK)
+        except (FileNotFoundError, NotADirectoryError):
+            return result
+        self._position += len(data)
+        result.left = max(0, size - self._position)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if self._skipping and lines:
+            del lines[0]
+            self._skipping = False
+        if len(self._rest) > LONGEST:
+            self._rest, self._skipping = b"", True
+            result.unreadable += 1
+        elif self._skipping:
+            self._rest = b""
+        for line in without_old_news(lines):
+            event = _parsed(line)
+            if event is None:
+                result.unreadable += 1
+            else:
+                result.events.append(event)
+        return result
+
+
+def without_old_news(lines: list[bytes]) -> list[bytes]:
+    """Where much has come at once, only the last of the events that say what each rank spent.
+
+    With hundreds of ranks they are most of a file, and parsing them most of the time.
+    """
+    if len(lines) < _MANY:
+        return lines
+    last = max((at for at, line in enumerate(lines) if line.startswith(_TIMES)), default=-1)
+    return [line for at, line in enumerate(lines) if at == last or not line.startswith(_TIMES)]
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    when = event.get("time")
+    return event if isinstance(when, int | float) and abs(when) < 1e12 else None
