@@ -13,6 +13,7 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 | times      | step, compute, waiting, data: one number per rank; exchange: one for all;       |
 |            | means of a step                                                                 |
 | validation | epoch, step, values                                                             |
+| checkpoint | step: steps that it holds                                                       |
 | end        | summary                                                                         |
 | failed     | message                                                                         |
 """

@@ -280,6 +280,7 @@ class Run:
             saved = checkpoint.save(self.context, held, place, self.step_count, notes)
         self.context.sent.refresh()
         self.context.sent.lap()  # not what a step sends
+        self._events.send("checkpoint", step=self.step_count)
         return saved.path
 
     def _require_finite(self, held: Held) -> None:
