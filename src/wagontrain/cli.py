@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_plan, cli_testbed, launch
+from wagontrain import checkpoint, cli_plan, cli_report, cli_testbed, launch
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
@@ -32,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_plan.app)
+app.add_typer(cli_report.app)
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
@@ -83,7 +84,8 @@ def run(
     chosen = make_strategy(strategy, given)
     found = read_plan(plan, strategy) if plan is not None else None
     starter = make_engine(engine, address)
-    with _stoppable():
+    display = Progress(Console())
+    with _stoppable(), _reported(display):
         start(
             load_task(file),
             chosen,
@@ -95,7 +97,7 @@ def run(
             label=Path(file.partition(":")[0]).stem,
             resume=resume,
             engine=starter,
-            display=Progress(Console()),
+            display=display,
             terms=Terms(interface, patience),
             plan=found,
         )
@@ -209,6 +211,16 @@ def _stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise StoppedError("stopped by Ctrl-C; all workers were ended") from None
+
+
+@contextlib.contextmanager
+def _reported(display: Progress) -> Iterator[None]:
+    """Within, a run goes on; afterwards, however it ended, there is a report of it."""
+    try:
+        yield
+    finally:
+        if display.folder is not None:
+            cli_report.at_the_end(display.folder)
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
