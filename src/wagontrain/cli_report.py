@@ -15,7 +15,7 @@ from wagontrain.report.reading import read_run
 
 app = typer.Typer()
 
-_AT_ONCE = 50 * 2**20
+_AT_ONCE = 16 * 2**20
 """Bytes of events that are read at the end of a run without being asked: about a second's work."""
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
