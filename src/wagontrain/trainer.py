@@ -185,13 +185,9 @@ class Run:
         self._times.add(times)
         each = times.each
         self._events.send(
-            "times",
-            step=step,
-            compute=each.compute,
-            exchange=each.exchange,
-            waiting=each.waiting,
-            data=each.data,
-        )
+            "times", step=step, compute=each.compute, exchange=each.exchange,
+            waiting=each.waiting, data=each.data,
+        )  # fmt: skip
 
     def _settle(self, whole: bool = False) -> None:
         """Have the ranks come to one state before somebody looks at it."""

@@ -178,6 +178,7 @@ def test_a_parameter_server(tmp_path: Path) -> None:
     assert (left["x"], left["marker"]["color"]) == ([pytest.approx(6.6)], ["@bad"])
     assert any("killed by SIGKILL" in cell for row in found.rows for cell in row)
     assert "relaxed" in found.text
+    assert "Bytes are all that was sent, over the number of steps." in found.text
 
 
 def test_staleness_of_a_crew_that_crashed_is_counted_from_its_updates(tmp_path: Path) -> None:

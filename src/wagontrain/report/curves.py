@@ -135,7 +135,7 @@ def _metric(
     ]
     if not measured:
         return None
-    found = series.thin(*zip(*measured, strict=True))
+    found = series.thin([at for at, _ in measured], [value for _, value in measured])
     return found.x, found.y
 
 

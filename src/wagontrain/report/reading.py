@@ -387,7 +387,8 @@ def _read_files(run: RunRecord, folder: RunFolder) -> None:
 
 def _note_plan(run: RunRecord, content: dict[str, Any]) -> None:
     """The plan, and what is going to be run, where no event says that."""
-    own = {name: content.pop(name) for name in ("strategy", "settings", "exact") if name in content}
+    named = [name for name in ("strategy", "settings", "exact") if name in content]
+    own: dict[str, Any] = {name: content.pop(name) for name in named}
     if "chosen" in content:
         run.plan = Plan.from_json(content)
     else:

@@ -160,12 +160,17 @@ def step_seconds(run: RunRecord) -> float | None:
 def sent_per_step(run: RunRecord) -> float | None:
     """Bytes that the worker which sends most sends in a step; None where they are not counted."""
     summary = run.summary or {}
-    steps = summary.get("steps", 0) - run.start.get("first_step", 0)
+    steps = int(summary.get("steps", 0)) - int(run.start.get("first_step", 0))
     told = summary.get("bytes_sent_in_steps_per_rank") or summary.get("bytes_sent_per_rank")
     if told and steps > 0:
         return float(max(told)) / steps
     known = [value for value in run.steps.sent if math.isfinite(value)]
     return math.fsum(known) / len(known) if known else None
+
+
+def _counted_in_steps(run: RunRecord) -> bool:
+    """Whether bytes are those of steps only, without validation, checkpoints and setting up."""
+    return run.summary is None or bool(run.summary.get("bytes_sent_in_steps_per_rank"))
 
 
 def peak(run: RunRecord) -> float | None:
@@ -195,34 +200,41 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def foretold_by(run: RunRecord) -> dict[str, float]:
+    """What was predicted of a step, by name; empty where nothing was."""
+    told = (run.summary or {}).get("predicted") or {}
+    found: dict[str, float] = {}
+    chosen = run.plan.chosen if run.plan is not None else None
+    if chosen is not None and chosen.estimate is not None:
+        estimate = chosen.estimate
+        found |= {
+            "seconds_per_step": estimate.seconds, "compute": estimate.compute,
+            "exchange": estimate.exposed, "waiting": estimate.waiting,
+            "bytes_sent_per_step": estimate.sent, "peak_memory": estimate.peak,
+        }  # fmt: skip
+        if chosen.measured is not None:
+            found["tried_seconds_per_step"] = chosen.measured
+    return found | {name: float(value) for name, value in told.items() if value is not None}
+
+
+_Figure = tuple[str, float | None, float | None, float | None, Callable[[float], str]]
+
+
 def against(run: RunRecord) -> Table:
     """Predicted beside measured."""
-    told = (run.summary or {}).get("predicted") or {}
-    estimate = run.plan.chosen.estimate if run.plan is not None else None
-    parts = split(run) or {}
-    tried = told.get("tried_seconds_per_step")
-    if tried is None and run.plan is not None:
-        tried = run.plan.chosen.measured
-
-    def predicted(name: str, from_plan: str) -> float | None:
-        if name in told:
-            return float(told[name])
-        return getattr(estimate, from_plan) if estimate is not None and from_plan else None
-
-    figures: list[tuple[str, float | None, float | None, float | None, Callable[[float], str]]] = [
-        ("time of a step", predicted("seconds_per_step", "seconds"), tried, step_seconds(run),
+    told, parts = foretold_by(run).get, split(run) or {}
+    tried = told("tried_seconds_per_step")
+    sent, most = sent_per_step(run), peak(run)
+    figures: list[_Figure] = [
+        ("time of a step", told("seconds_per_step"), tried, step_seconds(run), short_time),
+        ("of it computing", told("compute"), None, parts.get("compute"), short_time),
+        ("of it exchange that nothing hides", told("exchange"), None, parts.get("exchange"),
          short_time),
-        ("of it computing", estimate and estimate.compute, None, parts.get("compute"), short_time),
-        ("of it exchange that nothing hides", estimate and estimate.exposed, None,
-         parts.get("exchange"), short_time),
-        ("of it waiting for others", estimate and estimate.waiting, None, parts.get("waiting"),
-         short_time),
+        ("of it waiting for others", told("waiting"), None, parts.get("waiting"), short_time),
         ("of it waiting for data", None, None, parts.get("data"), short_time),
-        ("samples/s", predicted("samples_per_second", ""), None, speed(run), _rate),
-        ("sent in a step, by who sends most", predicted("bytes_sent_per_step", "sent"), None,
-         sent_per_step(run), size),
-        ("memory at the peak, of who takes most", predicted("peak_memory", "peak"), None,
-         peak(run), size),
+        ("samples/s", told("samples_per_second"), None, speed(run), _rate),
+        ("sent in a step, by who sends most", told("bytes_sent_per_step"), None, sent, size),
+        ("memory at the peak, of who takes most", told("peak_memory"), None, most, size),
     ]  # fmt: skip
     rows = [
         Row([name, _told(foretold, show), _told(trial, show), _told(happened, show),
@@ -231,6 +243,8 @@ def against(run: RunRecord) -> Table:
         if foretold is not None or happened is not None
     ]  # fmt: skip
     caption = "Times are means of all steps."
+    if sent is not None and not _counted_in_steps(run):
+        caption += " Bytes are all that was sent, over the number of steps."
     if parts:
         caption += " Where the time goes is told of the rank that computes longest."
     if any(foretold is not None for _, foretold, *_ in figures):
