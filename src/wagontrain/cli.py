@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_dashboard, cli_plan, cli_testbed, launch
+from wagontrain import checkpoint, cli_dashboard, cli_plan, cli_report, cli_testbed, launch
 from wagontrain import verify as verification
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cli_testbed.app, name="testbed")
 app.add_typer(cli_plan.app)
 app.add_typer(cli_dashboard.app)
+app.add_typer(cli_report.app)
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
@@ -98,7 +99,7 @@ def run(
     display = Progress(Console())
     label = Path(file.partition(":")[0]).stem
     run_dir, page = cli_dashboard.beside_run(run_dir, label, display.print, dashboard)
-    with _stoppable(), page:
+    with _stoppable(), _reported(display), page:
         start(
             load_task(file),
             chosen,
@@ -224,6 +225,16 @@ def _stoppable() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise StoppedError("stopped by Ctrl-C; all workers were ended") from None
+
+
+@contextlib.contextmanager
+def _reported(display: Progress) -> Iterator[None]:
+    """Within, a run goes on; afterwards, however it ended, there is a report of it."""
+    try:
+        yield
+    finally:
+        if display.folder is not None:
+            cli_report.at_the_end(display.folder)
 
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:

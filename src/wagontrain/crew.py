@@ -149,6 +149,8 @@ def _lead(
     """Coordinate a job of so many workers, of which some are started here."""
     strategy, secret = order.strategy, secret or Secret.new()
     folder = RunFolder.create(run_dir, label)
+    if display is not None:
+        display.folder = folder.path
     keep_secret(secret, folder.path / "secret")
     try:
         with (

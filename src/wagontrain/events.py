@@ -18,6 +18,7 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 | workers    | about once a second: doing, phrase -> the ranks, such as "0-3,7"; silent, rank  |
 |            | -> seconds since it was heard of, where that is long; every, seconds after      |
 |            | which the next such event is due (see `signs`)                                  |
+| checkpoint | step: steps that it holds                                                       |
 | end        | summary                                                                         |
 | failed     | message                                                                         |
 

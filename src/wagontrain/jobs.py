@@ -171,6 +171,8 @@ def start(
     if place is not None or (count == 1 and not engine.travels):
         with _one_voice(place) as voice:
             folder = RunFolder.create(run_dir, label) if not place or place.rank == 0 else None
+            if display is not None and folder is not None:
+                display.folder = folder.path
             _say_first(strategy, count, display if folder else None)
             terms = replace(terms, stacks=folder.path / "stacks" if folder else None)
             try:
@@ -190,6 +192,7 @@ def start(
          "plan": plan.to_json() if plan else None},
     )  # fmt: skip
     display_ = display or Progress(Console(quiet=True))
+    display_.folder = folder.path
     if not engine.travels:  # which may take a while, too, and be refused
         _say_first(strategy, count, display)
     try:

@@ -95,6 +95,40 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Seconds of a strategy's step, as predicted, by the bandwidth of the links.
+
+    Args:
+        strategy: its name.
+        title: with settings, for people.
+        points: (bits a second, seconds of a step), the slowest link first.
+    """
+
+    strategy: str
+    title: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the predicted step.
+
+    Args:
+        label: what it is.
+        rank: whose; it may stand for others that do the same.
+        resource: what is busy: "device", "links" both ways, "out" or "in" one way, "server".
+        start: seconds from the beginning of the step.
+        seconds: that it lasts.
+    """
+
+    label: str
+    rank: int
+    resource: str
+    start: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What was chosen.
 
@@ -108,6 +142,9 @@ class Plan:
         device: of the workers: "cpu" or "cuda".
         notes: what else is worth knowing, a line each.
         planning: seconds that the choice took, by what they were spent on.
+        curves: step time by bandwidth, of the best setting of each strategy that fits.
+        bandwidth: of the links as they are, in bits a second; None where there are none.
+        timeline: the predicted step of the chosen strategy, of some ranks.
     """
 
     chosen: Candidate
@@ -119,6 +156,9 @@ class Plan:
     device: str
     notes: tuple[str, ...] = ()
     planning: Mapping[str, float] = field(default_factory=dict)
+    curves: tuple[Curve, ...] = ()
+    bandwidth: float | None = None
+    timeline: tuple[Piece, ...] = ()
 
     def require(self, world_size: int, hosts: int, device: str) -> None:
         """Refuse to be followed where it was not made for.
@@ -173,7 +213,11 @@ class Plan:
                 raise KeyError("format")
             chosen = _candidate(given.pop("chosen"))
             others = tuple(_candidate(each) for each in given.pop("others"))
-            return cls(chosen=chosen, others=others, **{**given, "notes": tuple(given["notes"])})
+            given["notes"] = tuple(given["notes"])
+            # Plans of an earlier day have none of these.
+            given["curves"] = tuple(_curve(each) for each in given.get("curves", ()))
+            given["timeline"] = tuple(Piece(**each) for each in given.get("timeline", ()))
+            return cls(chosen=chosen, others=others, **given)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(
                 f"{name} is no plan of this version: write one with `wagontrain plan FILE --json`"
@@ -199,6 +243,11 @@ _OF_RUNS = ("strategy", "settings", "exact")
 
 def _workers(count: int, hosts: int, device: str) -> str:
     return f"{count} workers ({device}) on {hosts} host{'s' * (hosts > 1)}"
+
+
+def _curve(content: Mapping[str, Any]) -> Curve:
+    points = tuple((float(rate), float(seconds)) for rate, seconds in content["points"])
+    return Curve(content["strategy"], content["title"], points)
 
 
 def _candidate(content: Mapping[str, Any]) -> Candidate:

@@ -34,6 +34,8 @@ class Progress(Sink):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
+        self.folder: Path | None = None
+        """The run's, once it has one."""
         self._live: Live | None = None
         self._start: Event = {}
         self._step: Event = {}

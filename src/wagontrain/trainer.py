@@ -210,13 +210,9 @@ class Run:
         self._times.add(times)
         each = times.each
         self._events.send(
-            "times",
-            step=step,
-            compute=each.compute,
-            exchange=each.exchange,
-            waiting=each.waiting,
-            data=each.data,
-        )
+            "times", step=step, compute=each.compute, exchange=each.exchange,
+            waiting=each.waiting, data=each.data,
+        )  # fmt: skip
 
     def _settle(self, whole: bool = False) -> None:
         """Have the ranks come to one state before somebody looks at it."""
@@ -308,6 +304,7 @@ class Run:
             saved = checkpoint.save(self.context, held, place, self.step_count, notes)
         self.context.sent.refresh()
         self.context.sent.lap()  # not what a step sends
+        self._events.send("checkpoint", step=self.step_count)
         return saved.path
 
     def _require_finite(self, held: Held) -> None:

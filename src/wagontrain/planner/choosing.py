@@ -19,7 +19,7 @@ from wagontrain.cluster import Cluster
 from wagontrain.costs import Costs
 from wagontrain.errors import ModelError, TaskError, UsageError
 from wagontrain.plan import Candidate, Plan
-from wagontrain.planner import paper, search
+from wagontrain.planner import paper, pictures, search
 from wagontrain.planner.probing import probe
 from wagontrain.planner.profiling import arithmetic, copying, measure
 from wagontrain.planner.search import Weighed
@@ -187,8 +187,10 @@ def conclude(
     device = "cpu" if costs.cluster.hosts[0].device == "cpu" else "cuda"
     hosts = sum(host.count for host in costs.cluster.hosts)
     return Plan(
-        chosen, tuple(others), model, costs.size, costs.cluster.name, hosts, device, tuple(notes)
-    )
+        chosen, tuple(others), model, costs.size, costs.cluster.name, hosts, device, tuple(notes),
+        curves=pictures.curves(weighed, winner, costs), bandwidth=pictures.bandwidth(costs),
+        timeline=pictures.timeline(winner.strategy, costs),
+    )  # fmt: skip
 
 
 def _order(candidate: Candidate) -> float:

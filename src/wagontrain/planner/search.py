@@ -246,7 +246,7 @@ def flip_point(each: Weighed, winner: Weighed, costs: Costs) -> str:
     """At which speed of links, or batch, a loser would be quicker than the winner."""
     found = []
     if costs.cluster.between or costs.cluster.within:
-        factor = _bisect(lambda value: _ahead(each, winner, _with_links(costs, value)))
+        factor = _bisect(lambda value: _ahead(each, winner, with_links(costs, value)))
         if factor is not None:
             rate = link_rate(costs.cluster) * factor
             found.append(f"{'above' if factor > 1 else 'below'} {rate:.3g} Gbit/s")
@@ -257,7 +257,8 @@ def flip_point(each: Weighed, winner: Weighed, costs: Costs) -> str:
     return " or ".join(found)
 
 
-def _with_links(costs: Costs, factor: float) -> Costs:
+def with_links(costs: Costs, factor: float) -> Costs:
+    """The same task where links are so many times as fast."""
     return replace(costs, cluster=scaled(costs.cluster, factor))
 
 

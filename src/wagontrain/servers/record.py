@@ -191,6 +191,7 @@ class Record(Observer):
         place = self.folder.path / "checkpoints"
         saved = checkpoint.save(Context(), held, place, keep.version, notes)
         checkpoint.export(saved, self.folder.weights)
+        self.events.send("checkpoint", step=keep.version)
 
     def begin(self, workers: int) -> None:
         """Say what is going to be run."""
