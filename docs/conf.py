@@ -12,19 +12,18 @@ from pathlib import Path
 
 from sphinx.application import Sphinx
 
-import wagontrain
-
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "wagontrain"
-version = release = wagontrain.__version__
-html_title = f"wagontrain {release}"
+html_title = "wagontrain"
 html_theme = "furo"
 html_copy_source = False
 html_show_copyright = False
 templates_path: list[str] = []
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser"]
+if "links" not in tags:  # noqa: F821  a name that Sphinx gives; to check links, torch is not needed
+    extensions += ["sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown"}
 root_doc = "docs/index"
 # The root of the repository is the source, so that links between files lead to the same places
@@ -34,7 +33,6 @@ include_patterns = [
 ]  # fmt: skip
 exclude_patterns = ["docs/_build", ".venv", "runs", "**/.*"]
 
-nitpicky = True
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # results begin at whatever level their programs write
 
@@ -58,10 +56,11 @@ def _listed(text: str) -> list[tuple[str, list[str]]]:
 
 
 def _tree(caption: str, pages: list[str], options: str = "") -> str:
-    return f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n{options}\n" + "\n".join(pages) + "\n```\n"
+    head = f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n{options}\n"
+    return head + "\n".join(pages) + "\n```\n"
 
 
-def navigation(app: Sphinx, text: str) -> str:
+def navigation(text: str) -> str:
     """The trees of contents that the index stands for."""
     found = _listed(text)
     named = {page for _, pages in found for page in pages}
@@ -76,6 +75,8 @@ def navigation(app: Sphinx, text: str) -> str:
 
 def reference() -> str:
     """Directives that print the docstrings of all public names."""
+    import wagontrain
+
     return "\n".join(
         f"```{{eval-rst}}\n.. autoclass:: wagontrain.{name}\n```\n"
         if isinstance(getattr(wagontrain, name), type)
@@ -86,15 +87,44 @@ def reference() -> str:
 
 
 def _read(app: Sphinx, name: str, content: list[str]) -> None:
+    """Completes a page before it is read."""
+    # What a repository browser shows of a folder is a page here.
+    content[0] = re.sub(r"\]\((\.\./)?benchmarks/results\)", r"](/docs/results.md)", content[0])
     if name == root_doc:
-        content[0] += navigation(app, content[0])
-    elif name == "docs/api":
+        content[0] += navigation(content[0])
+    elif name == "docs/api" and "sphinx.ext.autodoc" in app.extensions:
         content[0] += reference()
     elif name == "docs/results":
         content[0] += _tree("Results", ["../benchmarks/results/*"], ":glob:\n:reversed:\n")
+    elif name == "docs/decisions":
+        content[0] += _tree("Decisions", ["decisions/*"], ":glob:\n")
+
+
+def _literal(
+    app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]
+) -> None:
+    """Indented blocks of a docstring are code or tables, as in Markdown, and not quotations."""
+    made: list[str] = []
+    for number, line in enumerate(lines):
+        before = next((each for each in reversed(lines[:number]) if each.strip()), "")
+        begins = line.startswith("    ") and number > 0 and not lines[number - 1].strip()
+        if begins and before and not before.startswith(" "):
+            made += ["::", ""]
+        made.append(line)
+    lines[:] = made
+
+
+def _lead_in(app: Sphinx, error: Exception | None) -> None:
+    """The site's own first page leads to that of the docs."""
+    if error is None and app.builder.format == "html":
+        page = '<!doctype html><meta http-equiv="refresh" content="0; url=docs/index.html">\n'
+        (Path(app.outdir) / "index.html").write_text(page)
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("source-read", _read)
+    if "sphinx.ext.autodoc" in app.extensions:
+        app.connect("autodoc-process-docstring", _literal, priority=100)  # before napoleon
+    app.connect("build-finished", _lead_in)
     return {"parallel_read_safe": True}

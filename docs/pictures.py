@@ -2,9 +2,9 @@
 
 The network is made up, with round figures, and the same in all pictures: four convolutions that
 compute much and weigh little, and three fully connected layers that weigh much and compute little,
-on three or four workers with links of 1 Gbit/s. What is drawn is what the planner weighs: the strategy's own
-`step_graph`, timed by wagontrain's simulator. Strategies without one (their workers are no group)
-are drawn from the operations that their pages tell, timed by the same simulator.
+on three or four workers with links of 1 Gbit/s. What is drawn is what the planner weighs: the
+strategy's own `step_graph`, timed by wagontrain's simulator. Strategies without one (their workers
+are no group) are drawn from the operations that their pages tell, timed by the same simulator.
 """
 
 from __future__ import annotations
@@ -273,9 +273,7 @@ def _text(x: float, y: float, text: str, colour: str = "#222222") -> str:
 
 
 def _axis(seconds: float, scale: float, top: int) -> Iterator[str]:
-    yield (
-        f'<line x1="{_LEFT}" y1="{top}" x2="{_LEFT + _WIDTH}" y2="{top}" stroke="#888888"/>'
-    )
+    yield (f'<line x1="{_LEFT}" y1="{top}" x2="{_LEFT + _WIDTH}" y2="{top}" stroke="#888888"/>')
     step = next(each for each in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0) if seconds / each <= 8)
     for number in range(int(seconds / step + 1e-9) + 1):
         x = _LEFT + number * step * scale
