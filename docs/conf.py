@@ -40,15 +40,17 @@ default_role = "code"  # docstrings mark code with single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True}
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 
-_LINK = re.compile(r"^- \[[^\]]+\]\(([\w./-]+)\.md\)", re.MULTILINE)
+_LINK = re.compile(r"^- \[([^\]]+)\]\(([\w./-]+)\.md\)", re.MULTILINE)
+_FIRST = ("Task", "fit", "connect", "Run", "Result", "make_strategy", "discover", "Strategy")
+"""Names that the API reference begins with; the others follow by the alphabet."""
 
 
-def _listed(text: str) -> list[tuple[str, list[str]]]:
-    """Headings of the index, with the pages that are listed below each."""
+def _listed(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Headings of the index, with the title and name of each page that is listed below it."""
     parts = re.split(r"^## (.*)$", text, flags=re.MULTILINE)
     return [
         (title, _LINK.findall(body)) for title, body in zip(parts[1::2], parts[2::2], strict=True)
@@ -63,11 +65,13 @@ def _tree(caption: str, pages: list[str], options: str = "") -> str:
 def navigation(text: str) -> str:
     """The trees of contents that the index stands for."""
     found = _listed(text)
-    named = {page for _, pages in found for page in pages}
+    named = {name for _, pages in found for _, name in pages}
     rest = sorted(
         path.stem for path in (ROOT / "docs").glob("*.md") if path.stem not in {*named, "index"}
     )
-    trees = [_tree(title, pages) for title, pages in found if pages]
+    trees = [
+        _tree(heading, [f"{title} <{name}>" for title, name in pages]) for heading, pages in found
+    ]
     if rest:
         trees.append(_tree("More", rest))
     return "".join(trees)
@@ -81,7 +85,7 @@ def reference() -> str:
         f"```{{eval-rst}}\n.. autoclass:: wagontrain.{name}\n```\n"
         if isinstance(getattr(wagontrain, name), type)
         else f"```{{eval-rst}}\n.. autofunction:: wagontrain.{name}\n```\n"
-        for name in wagontrain.__all__
+        for name in [*_FIRST, *(each for each in wagontrain.__all__ if each not in _FIRST)]
         if callable(getattr(wagontrain, name))
     )
 

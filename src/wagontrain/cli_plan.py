@@ -11,6 +11,7 @@ from rich.console import Console
 
 from wagontrain import cluster as clusters
 from wagontrain import plan_view, planning
+from wagontrain.cli_help import CHOOSE, HOW, MACHINES, PLACE, Sectioned, cluster_names
 from wagontrain.errors import UsageError
 from wagontrain.launch import Terms
 from wagontrain.task import load_task
@@ -18,20 +19,32 @@ from wagontrain.task import load_task
 app = typer.Typer()
 
 Workers = Annotated[
-    int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
+    int | None,
+    typer.Option(help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW),
 ]
 Interface = Annotated[
-    str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
+    str | None,
+    typer.Option(
+        help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
+    ),
 ]
 
 
-@app.command(epilog="Example: wagontrain plan examples/alexnet.py --workers 4")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=CHOOSE,
+    epilog="Example: wagontrain plan examples/alexnet.py --workers 4",
+)
 def plan(
     file: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")],
     workers: Workers = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Cluster file, or the name of one that is shipped; nothing is started."),
+        typer.Option(
+            help="Cluster file, or the name of one that is shipped; nothing is started.",
+            autocompletion=cluster_names,
+            rich_help_panel=PLACE,
+        ),
     ] = None,
     trial: Annotated[bool, typer.Option(help="Run the best three for a few steps.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Global batch size.")] = None,
@@ -40,7 +53,10 @@ def plan(
     everything: Annotated[bool, typer.Option("--all", help="List every setting.")] = False,
     interface: Interface = None,
 ) -> None:
-    """Say which strategy is best for the task in FILE, and why; train nothing."""
+    """Say which strategy is best for the task in FILE, and why.
+
+    Nothing is trained.
+    """
     overrides = {} if batch_size is None else {"batch_size": batch_size}
     source = load_task(file)
     if cluster is not None:
@@ -63,10 +79,14 @@ def plan(
     if json:
         print(jsons.dumps(found.to_json(), indent=1))
     else:
-        Console().print(plan_view.view(found, everything), highlight=False, soft_wrap=True)
+        Console().print(plan_view.view(found, everything), highlight=False)
 
 
-@app.command(epilog="Example: wagontrain probe --workers 4 -o cluster.toml")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=MACHINES,
+    epilog="Example: wagontrain probe --workers 4 -o cluster.toml",
+)
 def probe(
     workers: Workers = None,
     output: Annotated[
@@ -75,7 +95,10 @@ def probe(
     name: Annotated[str, typer.Option(help="Of the cluster, for people.")] = "probed",
     interface: Interface = None,
 ) -> None:
-    """Measure the workers and what links them: a file that can be read, edited and planned for."""
+    """Measure the workers and what links them.
+
+    What comes of it is a file that can be read, edited, and given to `plan --cluster`.
+    """
     found = planning.measure_cluster(workers=workers, name=name, terms=Terms(interface))
     if found is None:  # another rank says it
         return

@@ -28,7 +28,7 @@ class Auto(Strategy):
     trial: bool = True
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "measures the cluster and the task, and chooses one of the others"
+    summary: ClassVar[str] = "measures cluster and task, and chooses one of the others"
 
     @property
     def exact(self) -> bool:
