@@ -104,7 +104,7 @@ def _reasons(plan: Plan, listed: Sequence[Candidate], width: int) -> Iterator[st
         yield from _wrapped(f"  {each.title}: {each.why}{flip}", width, "    ")
     left = len(plan.others) - len(listed) + 1
     if left:
-        yield f"  and {left} more settings that are slower or do not fit (--all lists them)"
+        yield f"  and {left} more settings that are slower or do not fit"
     for note in plan.notes:
         yield from _wrapped(note, width, "")
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset, random_split
+from torch.utils.data import TensorDataset, random_split
 
 import wagontrain as wt
 
@@ -43,17 +43,14 @@ def spirals(count: int = 3000) -> TensorDataset:
     return TensorDataset(points, arm)
 
 
-def split() -> list[Dataset]:
-    return random_split(spirals(), [2400, 600], generator=torch.Generator().manual_seed(0))
-
-
 def accuracy(output: Tensor, target: Tensor) -> Tensor:
     """Fraction of the samples given that are recognised."""
     return (output.argmax(1) == target).float().mean()
 
 
 def task() -> wt.Task:
-    train, validation = split()
+    halves = torch.Generator().manual_seed(0)
+    train, validation = random_split(spirals(), [2400, 600], generator=halves)
     return wt.Task(
         model=Net,  # called without arguments, on every worker, with the same random numbers
         loss=F.cross_entropy,  # (output, target) -> mean over the samples given
