@@ -47,6 +47,7 @@ napoleon_google_docstring = True
 _LINK = re.compile(r"^- \[([^\]]+)\]\(([\w./-]+)\.md\)", re.MULTILINE)
 _FIRST = ("Task", "fit", "connect", "Run", "Result", "make_strategy", "discover", "Strategy")
 """Names that the API reference begins with; the others follow by the alphabet."""
+_COMPLETED = (root_doc, "docs/api", "docs/results", "docs/decisions")
 
 
 def _listed(text: str) -> list[tuple[str, list[tuple[str, str]]]]:
@@ -104,6 +105,11 @@ def _read(app: Sphinx, name: str, content: list[str]) -> None:
         content[0] += _tree("Decisions", ["decisions/*"], ":glob:\n")
 
 
+def _completed(app: Sphinx, env: object, added: object, changed: object, gone: object) -> list[str]:
+    """Pages that `_read` completes are read anew each time: what they get may have changed."""
+    return [name for name in _COMPLETED if name in app.env.found_docs]
+
+
 def _literal(
     app: Sphinx, what: str, name: str, of: object, options: object, lines: list[str]
 ) -> None:
@@ -128,6 +134,7 @@ def _lead_in(app: Sphinx, error: Exception | None) -> None:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("source-read", _read)
+    app.connect("env-get-outdated", _completed)
     if "sphinx.ext.autodoc" in app.extensions:
         app.connect("autodoc-process-docstring", _literal, priority=100)  # before napoleon
     app.connect("build-finished", _lead_in)
