@@ -96,6 +96,8 @@ def test_commands(command: str, tmp_path: Path) -> None:
 def test_the_first_five_minutes(tmp_path: Path) -> None:
     assert FIRST_RUN[0] == "wagontrain init train.py"
     for command in FIRST_RUN:
+        if " plan " in command:  # the run on two workers plans as well
+            continue
         program, *arguments = command.split()
         done = python(SCRIPTS / program, *arguments, folder=tmp_path, limit=120)
         assert done.returncode == 0, done.stderr
