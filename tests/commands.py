@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -113,10 +114,14 @@ def torchrun(*arguments: str | Path, folder: Path, limit: float = 120) -> Comple
 
 
 def python(
-    *arguments: str | Path, folder: Path, limit: float = 120, **how: Any
-) -> CompletedProcess[str]:
-    """Run a script with arguments to its end, in `folder`. `how` is passed on to `Fork`."""
-    fork = Fork(arguments, folder, clean_environment(), **how)
+    *arguments: str | Path, folder: Path, limit: float = 120,
+    more: Mapping[str, str] | None = None, **how: Any,
+) -> CompletedProcess[str]:  # fmt: skip
+    """Run a script with arguments to its end, in `folder`.
+
+    `more` are further variables of its environment, and `how` is passed on to `Fork`.
+    """
+    fork = Fork(arguments, folder, clean_environment() | dict(more or {}), **how)
     out, err = fork.communicate(limit)
     assert fork.returncode is not None
     return CompletedProcess(fork.words, fork.returncode, out, err)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 
-from wagontrain import cli
+from tests.commands import SCRIPTS, python
+from wagontrain import cli, registry
+from wagontrain.registry import discover
+from wagontrain.task import load_task
 
 PLAIN = ("--strategy", "data-parallel")
 
@@ -85,11 +91,117 @@ def test_verify_refuses_what_it_does_not_know(
     assert "dtype 'int8': give one of" in refused(capsys, monkeypatch, *arguments)
 
 
-def test_strategies_are_listed_with_their_settings(capsys: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["wagontrain", "strategies"])
+def typed(capsys: Any, monkeypatch: Any, *arguments: str) -> str:
+    """What a command prints that ends well, no line longer than 80 columns."""
+    monkeypatch.setattr(sys, "argv", ["wagontrain", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 0
     text = capsys.readouterr().out
-    assert "data-parallel (exact): whole model on every worker" in text
-    assert "    powersgd_rank = 1" in text
+    assert max(map(len, text.splitlines())) <= 80
+    return str(text)
+
+
+def test_strategies_are_a_line_each(capsys: Any, monkeypatch: Any) -> None:
+    exact, relaxed, hint = typed(capsys, monkeypatch, "strategies").split("\n\n")
+    assert "  data-parallel     whole model on every worker, gradients summed (DDP)" in exact
+    assert "  local-sgd  " in relaxed
+    assert "strategies NAME" in hint
+    assert len([*exact.splitlines(), *relaxed.splitlines()]) == 2 + len(discover())
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_strategy_is_told_with_its_settings(name: str, capsys: Any, monkeypatch: Any) -> None:
+    text = typed(capsys, monkeypatch, "strategies", name)
+    settings = text.partition("settings, each as")[2]
+    for field in dataclasses.fields(registry.find(name)):
+        assert re.search(rf"^  {field.name} +\S", settings, re.MULTILINE)
+
+
+def test_a_strategy_that_there_is_not(capsys: Any, monkeypatch: Any) -> None:
+    assert "did you mean 'hybrid'?" in refused(capsys, monkeypatch, "strategies", "hybird")
+
+
+COMMANDS = [
+    *((name,) for name in ("run", "join", "export", "init", "verify", "strategies", "plan")),
+    ("probe",),
+    *(("testbed", name) for name in ("run", "up", "exec", "status", "down", "cut", "kill")),
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_has_an_example_that_the_command_line_takes(
+    words: tuple[str, ...], capsys: Any, monkeypatch: Any
+) -> None:
+    text = typed(capsys, monkeypatch, *words, "--help")
+    example = re.search(r"Example: wagontrain ((?:.|\n)*)\Z", text)
+    assert example is not None
+    given = example[1].split()
+    assert tuple(given[: len(words)]) == words
+    command: Any = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    command.make_context(words[-1], given[len(words) :])
+
+
+def test_help_groups_options(capsys: Any, monkeypatch: Any) -> None:
+    text = typed(capsys, monkeypatch, "run", "--help")
+    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert titles == [
+        "Arguments", "How to distribute", "Where", "What, and how long", "Files", "Options",
+    ]  # fmt: skip
+    text = typed(capsys, monkeypatch, "--help")
+    assert re.search(r"^Train:\n  run ", text, re.MULTILINE)
+    assert not re.search(r"\w\.\.\.$", text, re.MULTILINE)  # nothing is cut short
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What a shell is told at the end of a line: the words as bash hands them over."""
+    words = line.split()
+    place = len(words) if line.endswith(" ") else len(words) - 1
+    done = python(
+        SCRIPTS / "wagontrain", folder=folder,
+        more={
+            "COMP_WORDS": line, "COMP_CWORD": str(place), "_WAGONTRAIN_COMPLETE": "complete_bash",
+        },
+    )  # fmt: skip
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("wagontrain ver", ["verify"]),
+        ("wagontrain run --st", ["--strategy", "--steps"]),
+        ("wagontrain run x.py --strategy s", ["sandblaster", "sharded", "split-weights"]),
+        ("wagontrain strategies hy", ["hybrid"]),
+        ("wagontrain plan x.py --cluster 8", ["8-workstations-1gbe"]),
+        ("wagontrain run x.py --strategy sharded --set ", ["stage=", "least="]),
+    ],
+)
+def test_the_shell_completes(line: str, found: list[str], tmp_path: Path) -> None:
+    assert completed(line, tmp_path) == found
+
+
+def test_what_the_shell_is_given_to_complete_with(tmp_path: Path) -> None:
+    done = python(SCRIPTS / "wagontrain", "--show-completion", "bash", folder=tmp_path)
+    assert "_WAGONTRAIN_COMPLETE=complete_bash" in done.stdout
+
+
+def test_init_writes_a_task_and_never_over_one(
+    tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "wagontrain run train.py --workers 2" in typed(capsys, monkeypatch, "init")
+    written = Path("train.py").read_text()
+    assert "wagontrain verify train.py" in written
+    assert load_task("train.py")().batch_size == 100  # type: ignore[operator]
+    assert "'train.py' exists: give another name" in refused(capsys, monkeypatch, "init")
+    assert Path("train.py").read_text() == written
+    for name, why in [
+        ("my-task.py", "cannot be a task file"),
+        ("none/of.py", "cannot be written: No such file"),
+    ]:
+        assert why in refused(capsys, monkeypatch, "init", name)
+        assert not Path(name).exists()

@@ -72,10 +72,13 @@ def commands() -> list[str]:
     ]
 
 
+FIRST_RUN = [
+    line for snippet in snippets(ROOT / "docs" / "start.md", "sh") for line in snippet.splitlines()
+]
 ELSEWHERE = {
     f"wagontrain run examples/mnist.py {how}": "test_examples, with what it has to reach"
     for how in ("--workers 2", "--strategy local-sgd --workers 4")
-}
+} | dict.fromkeys(FIRST_RUN, "the next test, one after the other")
 
 
 @pytest.mark.whole
@@ -87,6 +90,22 @@ def test_commands(command: str, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     done = python(SCRIPTS / program, *arguments, folder=tmp_path, limit=180)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.whole
+def test_the_first_five_minutes(tmp_path: Path) -> None:
+    assert FIRST_RUN[0] == "wagontrain init train.py"
+    for command in FIRST_RUN:
+        if " plan " in command:  # the run on two workers plans as well
+            continue
+        program, *arguments = command.split()
+        done = python(SCRIPTS / program, *arguments, folder=tmp_path, limit=120)
+        assert done.returncode == 0, done.stderr
+        if arguments[0] == "run":
+            accuracy = re.findall(r"accuracy (\d\.\d+)", done.stdout)
+            assert float(accuracy[-1]) > 0.9
+        if arguments[0] == "verify":
+            assert "passed: the same training as one process" in done.stdout
 
 
 def test_what_runs_elsewhere_is_in_a_page() -> None:
@@ -105,6 +124,13 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
     named = set(re.findall(r"^      (\w+\.py) ", text, re.MULTILINE))
     there = {path.name for path in (ROOT / "src" / "wagontrain").glob("*.py")}
     assert named == there - {"__init__.py", "__main__.py", "version.py"}
+
+
+def test_every_folder_of_the_package_is_in_the_tree() -> None:
+    text = (ROOT / "README.md").read_text()
+    named = set(re.findall(r"^      (\w+)/ ", text, re.MULTILINE))
+    folders = {path.name for path in (ROOT / "src" / "wagontrain").iterdir() if path.is_dir()}
+    assert named == folders - {"__pycache__"}
 
 
 def test_make_runs_what_the_readme_says() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `wagontrain run`, `strategies`, `verify`."""
+"""The command line: `wagontrain run`, `verify`, `join`, `export`."""
 
 from __future__ import annotations
 
@@ -12,71 +12,145 @@ from typing import Annotated, Any, cast
 import typer
 from rich.console import Console
 
-from wagontrain import checkpoint, cli_dashboard, cli_plan, cli_report, cli_testbed, launch
+from wagontrain import (
+    checkpoint,
+    cli_dashboard,
+    cli_plan,
+    cli_report,
+    cli_start,
+    cli_testbed,
+    launch,
+)
 from wagontrain import verify as verification
+from wagontrain.cli_help import (
+    CHOOSE,
+    FILES,
+    HOW,
+    LENGTH,
+    MACHINES,
+    PLACE,
+    TRAIN,
+    Commands,
+    Sectioned,
+    setting_names,
+    strategy_names,
+)
 from wagontrain.engines import make_engine
 from wagontrain.errors import StoppedError, UsageError, WagontrainError
 from wagontrain.jobs import USUAL, read_plan, start
 from wagontrain.launch import Terms
 from wagontrain.progress import Progress
-from wagontrain.registry import discover, make_strategy
+from wagontrain.registry import make_strategy
 from wagontrain.task import load_task
 from wagontrain.version import __version__
 
 app = typer.Typer(
     help="Train one PyTorch model over the machines you have.",
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-app.add_typer(cli_testbed.app, name="testbed")
+app.add_typer(cli_start.app)
 app.add_typer(cli_plan.app)
 app.add_typer(cli_dashboard.app)
 app.add_typer(cli_report.app)
+app.add_typer(
+    cli_testbed.app,
+    name="testbed",
+    short_help="Rehearse a cluster: hosts on this machine, slow links.",
+    rich_help_panel=MACHINES,
+)
 
 TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
-StrategyName = Annotated[str, typer.Option(help="How to distribute; see `strategies`.")]
+StrategyName = Annotated[
+    str,
+    typer.Option(
+        help="How to distribute; see `strategies`.",
+        autocompletion=strategy_names,
+        rich_help_panel=HOW,
+    ),
+]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="A setting of the strategy; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="FIELD=VALUE",
+        help="A setting of the strategy; repeatable.",
+        autocompletion=setting_names,
+        rich_help_panel=HOW,
+    ),
 ]
-BatchSize = Annotated[int | None, typer.Option(help="Global batch size.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of weights and sample order.")]
+BatchSize = Annotated[int | None, typer.Option(help="Global batch size.", rich_help_panel=LENGTH)]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of weights and sample order.", rich_help_panel=LENGTH)
+]
 
 
-@app.command(epilog="Example: wagontrain run examples/mnist.py --workers 2")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=TRAIN,
+    epilog="Example: wagontrain run examples/mnist.py --workers 2",
+)
 def run(
     file: TaskFile,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
+        int | None,
+        typer.Option(
+            help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW
+        ),
     ] = None,
     strategy: StrategyName = USUAL,
     settings: Settings = None,
-    trial: Annotated[bool, typer.Option(help="Whether auto tries the best three.")] = True,
+    trial: Annotated[
+        bool, typer.Option(help="Whether auto tries the best three.", rich_help_panel=HOW)
+    ] = True,
     allow: cli_plan.Allow = None,
     plan: Annotated[
-        Path | None, typer.Option(help="Follow a plan that `wagontrain plan --json` wrote.")
+        Path | None,
+        typer.Option(
+            help="Follow a plan that `wagontrain plan --json` wrote.", rich_help_panel=HOW
+        ),
     ] = None,
-    engine: Annotated[str, typer.Option(help="What starts the workers: local or ray.")] = "local",
+    engine: Annotated[
+        str, typer.Option(help="What starts the workers: local or ray.", rich_help_panel=PLACE)
+    ] = "local",
     address: Annotated[
-        str | None, typer.Option(help="Of the Ray cluster; default the one that Ray finds.")
+        str | None,
+        typer.Option(
+            help="Of the Ray cluster; default the one that Ray finds.", rich_help_panel=PLACE
+        ),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the data.", rich_help_panel=LENGTH)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Stop after so many steps.", rich_help_panel=LENGTH)
+    ] = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Where the run's files go; default a new one in runs/.")
+        Path | None,
+        typer.Option(
+            help="Where the run's files go; default a new one in runs/.", rich_help_panel=FILES
+        ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Run directory or checkpoint to go on from.")
+        Path | None,
+        typer.Option(help="Run directory or checkpoint to go on from.", rich_help_panel=FILES),
     ] = None,
     interface: Annotated[
-        str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
+        str | None,
+        typer.Option(
+            help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
+        ),
     ] = None,
     patience: Annotated[
-        float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
+        float,
+        typer.Option(
+            help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
+        ),
     ] = 30.0,
     dashboard: Annotated[
         bool, typer.Option("--dashboard", help="Show the run in the browser meanwhile.")
@@ -117,28 +191,38 @@ def run(
         )
 
 
-@app.command(epilog="Example: wagontrain join 10.0.0.5:41234 --secret-file secret")
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: wagontrain join 10.0.0.5:41234 --secret-file secret",
+)
 def join(
     coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
     file: Annotated[
         str | None,
-        typer.Argument(metavar="[FILE[:NAME]]", help="Task file; default the run's own path."),
+        typer.Argument(metavar="FILE[:NAME]", help="Task file; default the run's own path."),
     ] = None,
     secret_file: Annotated[
         Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
     ] = None,
 ) -> None:
-    """Take part, as one more worker, in a run whose workers may come and go."""
+    """Be one more worker of a run whose workers come and go."""
     from wagontrain import crew
 
     with _stoppable():
         crew.join(coordinator, file, secret_file)
 
 
-@app.command(epilog="Example: wagontrain export runs/mnist-20260101-120000 model.safetensors")
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: wagontrain export runs/mnist-20260101-120000 model.safetensors",
+)
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory, or a checkpoint in it.")],
-    file: Annotated[Path, typer.Argument(help="File to write: weights as safetensors.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN_DIR", help="Run directory, or a checkpoint in it.")
+    ],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File to write: weights as safetensors.")
+    ],
 ) -> None:
     """Write the weights of a run's last checkpoint as one file."""
     found = checkpoint.latest(run_dir)
@@ -146,34 +230,30 @@ def export(
     print(f"{file}: the weights after {found.steps} steps")
 
 
-@app.command(epilog="Example: wagontrain strategies")
-def strategies() -> None:
-    """List the ways of distributing, and the settings of each."""
-    import dataclasses
-
-    console = Console()
-    for name, strategy in sorted(discover().items()):
-        exact = "exact" if strategy().exact else "relaxed"
-        console.print(f"{name} ({exact}): {strategy.summary}", highlight=False, soft_wrap=True)
-        for field in dataclasses.fields(strategy):
-            console.print(f"    {field.name} = {field.default}", highlight=False, markup=False)
-
-
-@app.command(epilog="Example: wagontrain verify examples/mnist.py --workers 3")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=CHOOSE,
+    epilog="Example: wagontrain verify examples/mnist.py --workers 3",
+)
 def verify(
     file: TaskFile,
     strategy: StrategyName = "data-parallel",
-    workers: Annotated[int, typer.Option(help="Worker processes.")] = 2,
-    steps: Annotated[int, typer.Option(help="Steps to train and compare.")] = 10,
+    workers: Annotated[int, typer.Option(help="Worker processes.", rich_help_panel=HOW)] = 2,
+    steps: Annotated[
+        int, typer.Option(help="Steps to train and compare.", rich_help_panel=LENGTH)
+    ] = 10,
     settings: Settings = None,
     dtype: Annotated[
-        str, typer.Option(help="What to compute in: float64, float32 or bfloat16.")
+        str,
+        typer.Option(
+            help="What to compute in: float64, float32 or bfloat16.", rich_help_panel=LENGTH
+        ),
     ] = "float64",
     batch_size: BatchSize = None,
     seed: Seed = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show whether a strategy trains the task in FILE as one process would."""
+    """Compare a strategy with one process: is it the same training?"""
     if dtype not in verification.TOLERANCE:
         raise UsageError(f"dtype {dtype!r}: give one of {', '.join(verification.TOLERANCE)}")
     with _stoppable():

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from wagontrain import cluster as clusters
 from wagontrain import plan_view, planning
+from wagontrain.cli_help import CHOOSE, HOW, MACHINES, PLACE, Sectioned, cluster_names
 from wagontrain.errors import UsageError
 from wagontrain.launch import Terms
 from wagontrain.task import load_task
@@ -18,7 +19,8 @@ from wagontrain.task import load_task
 app = typer.Typer()
 
 Workers = Annotated[
-    int | None, typer.Option(help="Worker processes; default one for each GPU, or one.")
+    int | None,
+    typer.Option(help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW),
 ]
 Allow = Annotated[
     str | None,
@@ -28,7 +30,10 @@ Patience = Annotated[
     float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
 ]
 Interface = Annotated[
-    str | None, typer.Option(help="Network interface; default the one that leads to rank 0.")
+    str | None,
+    typer.Option(
+        help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
+    ),
 ]
 
 
@@ -43,13 +48,21 @@ def allows_relaxed(allow: str | None) -> bool:
     return allow is not None
 
 
-@app.command(epilog="Example: wagontrain plan examples/alexnet.py --workers 4")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=CHOOSE,
+    epilog="Example: wagontrain plan examples/alexnet.py --workers 4",
+)
 def plan(
     file: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")],
     workers: Workers = None,
     cluster: Annotated[
         str | None,
-        typer.Option(help="Cluster file, or the name of one that is shipped; nothing is started."),
+        typer.Option(
+            help="Cluster file, or the name of one that is shipped; nothing is started.",
+            autocompletion=cluster_names,
+            rich_help_panel=PLACE,
+        ),
     ] = None,
     trial: Annotated[bool, typer.Option(help="Run the best three for a few steps.")] = False,
     allow: Allow = None,
@@ -60,7 +73,10 @@ def plan(
     interface: Interface = None,
     patience: Patience = 30.0,
 ) -> None:
-    """Say which strategy is best for the task in FILE, and why; train nothing."""
+    """Say which strategy is best for the task in FILE, and why.
+
+    Nothing is trained.
+    """
     overrides = {} if batch_size is None else {"batch_size": batch_size}
     relaxed = allows_relaxed(allow)
     source = load_task(file)
@@ -86,10 +102,14 @@ def plan(
     if json:
         print(jsons.dumps(found.to_json(), indent=1))
     else:
-        Console().print(plan_view.view(found, everything), highlight=False, soft_wrap=True)
+        Console().print(plan_view.view(found, everything), highlight=False)
 
 
-@app.command(epilog="Example: wagontrain probe --workers 4 -o cluster.toml")
+@app.command(
+    cls=Sectioned,
+    rich_help_panel=MACHINES,
+    epilog="Example: wagontrain probe --workers 4 -o cluster.toml",
+)
 def probe(
     workers: Workers = None,
     output: Annotated[
@@ -99,7 +119,10 @@ def probe(
     interface: Interface = None,
     patience: Patience = 30.0,
 ) -> None:
-    """Measure the workers and what links them: a file that can be read, edited and planned for."""
+    """Measure the workers and what links them.
+
+    What comes of it is a file that can be read, edited, and given to `plan --cluster`.
+    """
     terms = Terms(interface, patience)
     found = planning.measure_cluster(workers=workers, name=name, terms=terms)
     if found is None:  # another rank says it

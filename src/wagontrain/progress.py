@@ -65,7 +65,7 @@ class Progress(Sink):
         self._printed = event["time"]
         if "plan" in event:
             plan = Plan.from_json(event["plan"])
-            self.console.print(view(plan), highlight=False, soft_wrap=True)
+            self.console.print(view(plan), highlight=False)
             self.print("")
         for line in headline(event):
             self.print(line)

@@ -36,6 +36,12 @@ def _files() -> list[str]:
     return [each.name for each in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__)]
 
 
+def names() -> list[str]:
+    """The names of all strategies, as `discover` has them, without loading any."""
+    others = (entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))
+    return sorted({*(name.replace("_", "-") for name in _files()), *others})
+
+
 def discover() -> dict[str, type[Strategy]]:
     """All strategies by name: the files of `wagontrain.strategies`, then entry points.
 

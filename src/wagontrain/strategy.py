@@ -212,7 +212,7 @@ class Strategy(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     crewed: ClassVar[bool] = False
-    """Whether its workers are no fixed group of ranks but come and go: a `Crewed` strategy."""
+    """Whether its workers come and go, and are no fixed group of ranks (a `Crewed` strategy)."""
 
     @property
     @abstractmethod

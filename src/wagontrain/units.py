@@ -23,9 +23,10 @@ def duration(seconds: float) -> str:
 
 
 def short_time(seconds: float) -> str:
-    """Seconds, readable, down to milliseconds: 12.3 ms, 4.21 s, 312 s."""
+    """Seconds, readable, down to milliseconds: 0.82 ms, 12.3 ms, 4.21 s, 312 s."""
     if seconds >= 100:
         return f"{seconds:.0f} s"
     if seconds >= 1:
         return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms"
+    digits = 3 if seconds >= 1e-3 else 2
+    return f"{round(seconds * 1e3, 2):.{digits}g} ms"

@@ -203,6 +203,10 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
     return made
 
 
+_ALIKE = 0.01
+"""Of a step: no reason why one is slower."""
+
+
 def _why(each: Weighed, winner: Weighed) -> str:
     if each is winner:
         return ""
@@ -233,6 +237,8 @@ def _why(each: Weighed, winner: Weighed) -> str:
         "waiting": found.waiting - best.waiting,
     }
     cause = max(more, key=lambda part: more[part])
+    if more[cause] < _ALIKE * best.seconds:
+        return f"{times}: foretold alike"
     reasons = {
         "compute": f"computes {short_time(found.compute)} instead of {short_time(best.compute)}",
         "exposed": f"{size(found.sent)} cross the link every step and nothing hides "

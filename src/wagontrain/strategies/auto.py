@@ -31,7 +31,7 @@ class Auto(Strategy):
     allow: Literal["exact", "relaxed"] = "exact"
 
     name: ClassVar[str] = "auto"
-    summary: ClassVar[str] = "measures the cluster and the task, and chooses one of the others"
+    summary: ClassVar[str] = "measures cluster and task, and chooses one of the others"
 
     @property
     def exact(self) -> bool:

@@ -69,7 +69,7 @@ class DataParallel(Strategy):
     find_unused_parameters: bool | None = None
 
     name: ClassVar[str] = "data-parallel"
-    summary: ClassVar[str] = "whole model on every worker, gradients summed (map-reduce, DDP)"
+    summary: ClassVar[str] = "whole model on every worker, gradients summed (DDP)"
 
     def __post_init__(self) -> None:
         if self.bucket_mb is not None and not 0 < self.bucket_mb < math.inf:

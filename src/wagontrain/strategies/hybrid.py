@@ -65,7 +65,7 @@ class Hybrid(Strategy):
     variable_batch: bool = False
 
     name: ClassVar[str] = "hybrid"
-    summary: ClassVar[str] = "convolutions data parallel, heavy layers split (one weird trick)"
+    summary: ClassVar[str] = "convolutions data parallel, heavy layers split (AlexNet)"
 
     def __post_init__(self) -> None:
         if self.chunks < 1:

@@ -87,7 +87,7 @@ class LocalSGD(Strategy):
     begin: int = 0
 
     name: ClassVar[str] = "local-sgd"
-    summary: ClassVar[str] = "everybody trains alone for some steps, then weights are averaged"
+    summary: ClassVar[str] = "everybody trains alone, then weights are averaged"
 
     def __post_init__(self) -> None:
         least = {"steps_between": 1, "fragments": 1, "overlap": 0, "begin": 0}

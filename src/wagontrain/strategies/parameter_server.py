@@ -95,7 +95,7 @@ class ParameterServer(Crewed):
     tables: str = ""
 
     name: ClassVar[str] = "parameter-server"
-    summary: ClassVar[str] = "parameters on servers, workers come and go (Downpour, SSP, backups)"
+    summary: ClassVar[str] = "weights on servers, workers come and go (Downpour, SSP)"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"asynchronous|synchronous|ssp:\d+", self.consistency):

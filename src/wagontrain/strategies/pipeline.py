@@ -79,7 +79,7 @@ class Pipeline(Strategy):
     schedule: Kind = "gpipe"
 
     name: ClassVar[str] = "pipeline"
-    summary: ClassVar[str] = "stages of layers one behind the other, micro-batches (GPipe, 1F1B)"
+    summary: ClassVar[str] = "stages of layers, one behind the other (GPipe, 1F1B)"
 
     @property
     def exact(self) -> bool:

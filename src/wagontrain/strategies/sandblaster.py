@@ -64,7 +64,7 @@ class Sandblaster(Crewed):
     replicas: int = 0
 
     name: ClassVar[str] = "sandblaster"
-    summary: ClassVar[str] = "whole batches by L-BFGS on servers, portions for whoever is free"
+    summary: ClassVar[str] = "whole batches by L-BFGS, portions for whoever is free"
 
     def __post_init__(self) -> None:
         for name in ("servers", "portions", "n_push"):

@@ -63,7 +63,7 @@ class SplitWeights(Strategy):
     strips: bool = False
 
     name: ClassVar[str] = "split-weights"
-    summary: ClassVar[str] = "weights divided over workers, activations travel (DistBelief)"
+    summary: ClassVar[str] = "weights divided, activations travel (DistBelief)"
 
     @property
     def exact(self) -> bool:
