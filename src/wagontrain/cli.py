@@ -153,7 +153,10 @@ def run(
         ),
     ] = 30.0,
     dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Show the run in the browser meanwhile.")
+        bool,
+        typer.Option(
+            "--dashboard", help="Show the run in the browser meanwhile.", rich_help_panel=FILES
+        ),
     ] = False,
 ) -> None:
     """Train the task in FILE."""

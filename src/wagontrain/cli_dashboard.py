@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from wagontrain import launch
+from wagontrain.cli_help import SEE
 from wagontrain.dashboard import beside
 from wagontrain.folder import fresh
 
 app = typer.Typer()
 
 
-@app.command(epilog="Example: wagontrain dashboard runs/mnist-20260101-120000")
+@app.command(rich_help_panel=SEE, epilog="Example: wagontrain dashboard runs/mnist-20260101-120000")
 def dashboard(
     run_dir: Annotated[Path, typer.Argument(help="Of a run that goes on, ended, or will begin.")],
     port: Annotated[

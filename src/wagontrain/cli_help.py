@@ -12,7 +12,7 @@ from wagontrain.errors import UsageError
 
 HOW, LENGTH, FILES, PLACE = "How to distribute", "What, and how long", "Files", "Where"
 """Sections of options."""
-TRAIN, CHOOSE, MACHINES = "Train", "Choose and check", "Machines"
+TRAIN, CHOOSE, SEE, MACHINES = "Train", "Choose and check", "Look at runs", "Machines"
 """Sections of commands."""
 
 

@@ -24,10 +24,16 @@ Workers = Annotated[
 ]
 Allow = Annotated[
     str | None,
-    typer.Option(help="'relaxed' also weighs what is not the same mathematics as one process."),
+    typer.Option(
+        help="'relaxed' also weighs what is not the same mathematics as one process.",
+        rich_help_panel=HOW,
+    ),
 ]
 Patience = Annotated[
-    float, typer.Option(help="Seconds of silence after which a worker counts as lost.")
+    float,
+    typer.Option(
+        help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
+    ),
 ]
 Interface = Annotated[
     str | None,

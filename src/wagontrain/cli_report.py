@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from wagontrain.cli_help import SEE
 from wagontrain.errors import UsageError
 from wagontrain.folder import RunFolder
 from wagontrain.report import page, tracing
@@ -21,7 +22,7 @@ _AT_ONCE = 16 * 2**20
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 
 
-@app.command(epilog="Example: wagontrain report runs/mnist-20260101-120000")
+@app.command(rich_help_panel=SEE, epilog="Example: wagontrain report runs/mnist-20260101-120000")
 def report(
     run_dirs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR...", help="Run directories.")
@@ -41,7 +42,10 @@ def report(
     print(file)
 
 
-@app.command(epilog="Example: wagontrain trace runs/mnist-20260101-120000 -o trace.json")
+@app.command(
+    rich_help_panel=SEE,
+    epilog="Example: wagontrain trace runs/mnist-20260101-120000 -o trace.json",
+)
 def trace(
     run_dir: RunDirectory,
     output: Annotated[

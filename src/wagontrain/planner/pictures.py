@@ -65,7 +65,8 @@ def _points(strategy: Strategy, costs: Costs, today: float) -> tuple[tuple[float
     for factor in FACTORS:
         changed = with_links(costs, factor)
         try:
-            seconds = simulate(strategy.step_graph(changed), costs.interference).seconds
+            graph = strategy.step_graph(changed)
+            seconds = simulate(graph, costs.interference).seconds / graph.steps
         except UsageError:  # it cannot be there
             continue
         found.append((today * factor, seconds))
