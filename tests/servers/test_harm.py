@@ -140,6 +140,7 @@ class Harm:
         self._undo: list[tuple[float, int, str, Callable[[], object]]] = []
         self._number = 0
         self._born: dict[str, tuple[int, float, int]] = {}
+        self._began = time.monotonic()
         self._shards_killed = 0
 
     def busy(self, what: str) -> bool:
@@ -203,7 +204,7 @@ class Harm:
         job, process = self.job, self.job.children().get(name)
         if process is None:
             return False
-        known, since, quick = self._born.get(name, (process, -AGE, 0))
+        known, since, quick = self._born.get(name, (process, self._began, 0))
         if known != process:
             since = time.monotonic()
         self._born[name] = process, since, quick
