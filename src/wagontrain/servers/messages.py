@@ -15,6 +15,7 @@ does not fit a type is refused. Nothing received is ever executed or unpickled.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -380,6 +381,10 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(
 )
 
 
+_ENDLESS = re.compile(rb"[\[:,\s]-?\d{21}")
+"""An integer that no counter or seed of ours comes to, and of which no float can be made."""
+
+
 def encode(message: Message) -> bytes:
     """A header's bytes."""
     return _ADAPTER.dump_json(message)
@@ -391,6 +396,8 @@ def decode(header: bytes) -> Message:
     Raises:
         WorkerError: it is none of ours.
     """
+    if _ENDLESS.search(header):
+        raise WorkerError("a message was refused: a number in it has more than 20 digits")
     try:
         return _ADAPTER.validate_json(header)
     except pydantic.ValidationError as error:
