@@ -103,7 +103,7 @@ def on_link(size: int, rounds: int, rate: str) -> Turns:
         own = [sys.executable, "-m", MODULES["wagontrain"], str(size), there]
         processes["wagontrain"] = bed.start(1, own, **PIPES)
         told = heard(processes["wagontrain"])
-        shard = bed.start(0, [*SHARD, told["coordinator"], "0", here, "0"], **PIPES)
+        shard = bed.start(0, [*SHARD, told["coordinator"], "0", here, "0", "."], **PIPES)
         assert shard.stdin is not None
         shard.stdin.write(told["secret"] + "\n")
         shard.stdin.flush()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("ray")
 
 from wagontrain.ray_engine.leader import variables
-from wagontrain.ray_engine.placing import members
+from wagontrain.ray_engine.placing import members, spread
 from wagontrain.ray_engine.rank import Where
 
 
@@ -24,3 +26,16 @@ def test_ranks_of_a_node_are_neighbours_and_see_its_gpus() -> None:
         "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "5", "TORCHELASTIC_USE_AGENT_STORE": "True",
         "CUDA_VISIBLE_DEVICES": "3,1",
     }  # fmt: skip
+
+
+def node(name: str, cpus: float = 1.0, alive: bool = True) -> dict[str, Any]:
+    """As Ray tells of one."""
+    resources = {"CPU": cpus} if cpus else {}
+    return {"NodeID": name, "NodeManagerAddress": name, "Alive": alive, "Resources": resources}
+
+
+def test_a_shard_and_its_mirror_are_on_two_nodes() -> None:
+    nodes = [node("10.0.0.1"), node("10.0.0.3"), node("10.0.0.2"), node("10.0.0.4", alive=False)]
+    assert spread(nodes, 4) == ["10.0.0.3", "10.0.0.2", "10.0.0.1", "10.0.0.3"]
+    assert spread([node("10.0.0.1", cpus=0), *nodes[1:3]], 2) == ["10.0.0.3", "10.0.0.2"]
+    assert spread([node("10.0.0.1", cpus=0)], 2) == ["10.0.0.1", "10.0.0.1"]

@@ -132,8 +132,34 @@ def test_what_was_said_before_is_not_heard_twice() -> None:
     lease = lent(descent.asked(0))[0]
     again = descent.done(push(0, 1, lease))  # the number of another push: it is not this one
     assert again[0] == Forget(0, (1,))
+    lease = lent(descent.asked(0))[0]  # it may never say another number
+    assert lease.start == 4
     assert kinds(descent.done(push(0, 2, lease))) == [Apply]
     assert descent.version == 2
+
+
+def test_a_push_whose_name_was_used_by_another_is_done_again() -> None:
+    descent, given = begin(Course(8, 4, 1), Gate("asynchronous"), 2)
+    descent.done(push(0, 1, given[1]))  # not its own
+    assert kinds(descent.done(push(0, 1, given[0]))) == [Forget]
+    (again,) = lent(descent.asked(0)).values()
+    assert (again.start, again.stop) == (given[0].start, given[0].stop)
+
+
+def test_a_push_that_one_shard_refused_is_forgotten_by_the_others() -> None:
+    descent, given = begin(Course(8, 4, 1), Gate("asynchronous"), 2)
+    commands = descent.spoiled(Spoiled(0, given[0].number, "a gradient", sequence=1))
+    assert commands[0] == Forget(0, (1,))
+    assert kinds(descent.done(push(0, 1, given[0]))) == [Forget]  # said all the same
+
+
+def test_an_accepted_push_is_not_forgotten_whoever_says_so() -> None:
+    descent, given = synchronous(2, Course(8, 4, 1))
+    assert descent.done(push(0, 2, given[0])) == []
+    assert descent.spoiled(Spoiled(0, 10**6, "so it is said", sequence=2)) == []
+    apply = descent.done(push(1, 1, given[1]))[0]
+    assert isinstance(apply, Apply)
+    assert sorted(apply.pushes) == [(0, 2), (1, 1)]
 
 
 def test_a_push_for_somebody_elses_lease() -> None:

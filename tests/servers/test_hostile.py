@@ -31,7 +31,7 @@ from wagontrain.servers.messages import (
     Unknown,
     Welcome,
 )
-from wagontrain.servers.orders import Fill, Ready, Squares
+from wagontrain.servers.orders import Applied, Commit, Fill, Ready, Squares
 from wagontrain.servers.wire import Line, Network
 from wagontrain.version import __version__
 
@@ -99,9 +99,15 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
             (job.hello(protocol=99), "install the same version on all hosts"),
             (job.hello(fingerprint="other"), "another model, other data"),
             (job.hello(role="shard", index=7), "shard 7 is none of this job's 2"),
+            (job.hello(role="shard", index=0, version="0.0.1"), "runs wagontrain 0.0.1"),
             (Pull(0), "a pull message is not for the coordinator"),
+            (Commit(1, (), 1.0), "a commit message is not for the coordinator"),
             (Ready(0, 5), "this comes from no shard"),
-            (Fill(0, 99), "there is no shard 99"),
+            (Fill(0, 99), "this comes from no shard"),
+            (Fill(10**9, 0, {"tensors": [["w", "float32", [10**18]]]}, 0), "comes from no shard"),
+            (Applied(99, 5), "this comes from no shard"),
+            (Applied(0, 10**9), "this comes from no shard"),
+            (Squares(0, 1, math.nan), "this comes from no shard"),
             (Beat("here"), "this comes from no shard"),
         ]:
             line.send(message)
@@ -113,7 +119,8 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path) -> None:
             said = answer(line)
             assert isinstance(said, Refusal)
             assert said.reason.startswith("a message was refused")
-        line.send(Squares(0, 99, math.nan))  # of a norm that nobody asked for
+        line.send(Refusal("of no shard's"))
+        line.send(Refusal("of no shard's", snapshot=0))
         line.socket.send(b"x" * (2 * FRAME))  # ends the connection, which is made anew
         limit = time.monotonic() + SECONDS
         while line.connections() < 2:  # what is sent earlier may be lost with it
@@ -154,6 +161,27 @@ def test_what_was_said_before_or_is_not_its_own_counts_for_nothing(tmp_path: Pat
     assert reasons.count("it was sent before") == 3
     assert "it is of leases that are not its worker's" in reasons
     assert any("its loss is nan" in reason for reason in reasons)
+
+
+def test_who_speaks_in_a_workers_name_holds_nobody_up(tmp_path: Path) -> None:
+    """Names of pushes are used before the worker does; its samples are given to somebody again."""
+    job = Visited(tmp_path / "run")
+
+    def visit(network: Network) -> None:
+        line = network.connect(job.endpoint)
+        last = {message.worker: message.sequence for message in job.heard}
+        for worker, sequence in last.items():
+            for later in range(1, 4):
+                line.send(Done(worker, sequence + later, (10**6,), 0, 8.0, 8, 1.0))
+                line.send(Spoiled(worker, 10**6, "so it is said", sequence=sequence + later + 3))
+        line.send(job.hello())
+        welcome = answer(line)  # what was sent before has been heard
+        assert isinstance(welcome, Welcome)
+        line.send(Bye(welcome.worker))
+
+    outcome = job.visited_by(visit)
+    reasons = [event["reason"] for event in outcome.of("dropped")]
+    assert reasons.count("it was sent before") >= 6
 
 
 def test_who_stays_silent_costs_nothing(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from wagontrain.servers.messages import Done, Lease, Measured, Spoiled
 from wagontrain.servers.minimising import Minimisation
 from wagontrain.servers.operations import Combine, Reduction, reductions
 from wagontrain.servers.portions import Asker, Pool, Push
+from wagontrain.servers.sums import sum_of
 
 
 class Settings:
@@ -158,7 +159,7 @@ class Model:
         version, found = self.unanswered.pop(0)
         self.numbers += 1
         numbers = [0.01 + abs(math.cos(self.numbers + index)) for index in range(len(found))]
-        if found == [math.fsum, max]:  # a slope along the direction, and the largest in it
+        if found == [sum_of, max]:  # a slope along the direction, and the largest in it
             numbers[0] *= -1
         self.carry_out(self.decisions.answered(version, tuple(numbers)))
 
@@ -250,9 +251,9 @@ class Model:
         assert told["evaluations"] >= self.evaluations
         if self.steps:
             assert self.keeps[-1].final
-            assert not any(keep.final for keep in self.keeps[:-1])
-            measured = [keep.epoch for keep in self.keeps] if self.course.validation_samples else []
-            assert sorted(self.validated) == measured
+            ends = list(dict.fromkeys(keep.epoch for keep in self.keeps))  # some are taken again
+            assert all(keep.final == (keep.epoch == ends[-1]) for keep in self.keeps)
+            assert sorted(self.validated) == (ends if self.course.validation_samples else [])
 
 
 COURSES = st.builds(
@@ -266,7 +267,7 @@ COURSES = st.builds(
 ).filter(lambda course: course.batch_size <= course.samples)
 EVENTS = [
     "ask", "ask", "ask", "work", "work", "work", "push", "answer", "answer", "join", "leave",
-    "replay", "foreign",
+    "replay", "foreign", "retake",
 ]  # fmt: skip
 ACTIONS = st.lists(st.tuples(st.sampled_from(EVENTS), st.integers(0, 99)), max_size=80)
 
@@ -281,6 +282,8 @@ def play(model: Model, actions: list[tuple[str, int]]) -> None:
             model.join()
         elif event == "answer":
             model.answer()
+        elif event == "retake":
+            model.carry_out(model.decisions.retake())
         elif workers:
             worker = workers[which % len(workers)]
             match event:
@@ -369,6 +372,27 @@ def test_a_trial_that_goes_too_far_is_an_answer() -> None:
     assert not model.failed
     assert not model.staged  # what others had brought of it is forgotten
     assert model.decisions.evaluations == evaluations + 1
+    model.to_the_end()
+    model.check_end()
+
+
+def test_a_push_that_one_shard_refused_is_forgotten_by_the_others() -> None:
+    model = started(2, 4)
+    first, second = model.workers.values()
+    lease, other = first.hand, second.hand
+    assert lease is not None
+    assert other is not None
+    for worker in (first, second):
+        worker.hand = None
+        worker.sequence += 1
+    model.staged[1, 1] = [lease]
+    model.carry_out(model.decisions.spoiled(Spoiled(1, lease.number, "inf", sequence=1)))
+    assert (1, 1) not in model.staged
+    # Somebody else used the name of this push first: its portion is done again.
+    model.carry_out(model.decisions.done(Done(2, 1, (10**6,), model.version, 1.0, 1, 3.0)))
+    model.staged[2, 1] = [other]
+    model.carry_out(model.decisions.done(Done(2, 1, (other.number,), other.version, 1.0, 1, 3.0)))
+    assert not model.staged
     model.to_the_end()
     model.check_end()
 

@@ -303,6 +303,36 @@ def test_the_coordinator_is_told_what_cannot_be(one):
     one.commit()
 
 
+def test_a_snapshot_that_was_passed_over_is_refused_at_once(one):
+    """The order to keep it was lost with a connection, and a worker waits for it."""
+    worker = one.worker()
+    worker.ask(snapshot=3)
+    assert worker.silent()
+    one.say(0, Release(3))
+    assert worker.refused() == "shard 0 has no snapshot 3"
+    one.say(0, PullState(3))
+    refusal = one.hear(Refusal).message
+    assert (refusal.reason, refusal.snapshot) == ("shard 0: shard 0 has no snapshot 3", 3)
+
+
+def test_one_that_is_told_anew_what_to_hold_forgets_what_it_had(make):
+    """It answers what it was asked before, once it has that."""
+    one = make()
+    one.start(patience=1.0)
+    one.set_up()
+    early, late = one.worker(1), one.worker(2)
+    early.ask(1)
+    assert early.silent(0.1)
+    one.say(0, Setup(one.jobs[0].plain(), attempt=2))
+    late.ask(1)
+    assert early.refused() == "commit 1 did not come within 1 s, it is being filled: ask again"
+    one.fill(0, 0)
+    assert one.hear(Ready).message == Ready(0, 0, attempt=2)
+    assert late.silent(0.1)
+    one.commit()
+    late.take()
+
+
 def test_jobs_that_cannot_be_are_refused(make):
     coordinator = make(rule="dc-asgd")
     coordinator.start()
@@ -491,7 +521,9 @@ def test_a_disk_that_is_full_ends_nothing(make, tmp_path):
     worker = one.worker()
     worker.pushed(0)
     one.commit((1, 0))
-    assert "the state could not be written to" in one.hear(Refusal).message.reason
+    refusal = one.hear(Refusal).message
+    assert "the state could not be written to" in refusal.reason
+    assert refusal.then == "go on"
     assert worker.pull(1)["w"] == 9
 
 

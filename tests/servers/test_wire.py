@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -107,6 +108,10 @@ GOOD = json.loads(encode(Push(0, 1, 2)))
         json.dumps({key: value for key, value in GOOD.items() if key != "worker"}).encode(),
         b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00\x8c\x01a\x94.",  # a pickle
         b"[" * 100_000,
+        b'{"kind": "look", "more": ' + b'{"a": ' * 5_000 + b"1" + b"}" * 5_001,
+        json.dumps(GOOD | {"sequence": 10**400}).encode(),
+        json.dumps(GOOD | {"rows": {"users": -(10**30)}}).encode(),
+        json.dumps(GOOD | {"worker": math.nan}).encode(),
     ],
 )
 def test_what_is_no_header_is_refused(header):

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wagontrain import launch
 from wagontrain.errors import UsageError, WagontrainError
@@ -33,6 +34,7 @@ from wagontrain.ray_engine.placing import (
     needs,
     one_line,
     require_alike,
+    spread,
     startup_error,
     text_of,
 )
@@ -139,13 +141,17 @@ class _Crew:
         make = ray.remote(Rank)
         kinds = [(True, n) for n in range(self.begin.shards)]
         kinds += [(False, n) for n in range(self.order.workers)]
+        nodes = spread(ray.nodes(), self.begin.shards)
         for serves, number in kinds:
             name = f"{'server' if serves else 'rank'}{number}"
             wanted = {"num_cpus": 0} if serves else {
                 "num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)
             }  # fmt: skip
+            strategy: Any = "SPREAD"
+            if serves:  # elsewhere once that node is lost
+                strategy = NodeAffinitySchedulingStrategy(nodes[number], soft=True)
             actor = make.options(
-                scheduling_strategy="SPREAD", max_restarts=-1, max_concurrency=1, **wanted
+                scheduling_strategy=strategy, max_restarts=-1, max_concurrency=1, **wanted
             ).remote()
             self.actors[name] = _Actor(name, number, serves, actor)
             self._ask(self.actors[name], "where")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,23 @@ def needs(workers: int) -> dict[str, float]:
                 f"--workers {most}, or add nodes with `ray start`"
             )
     return each
+
+
+def spread(nodes: Sequence[Mapping[str, Any]], count: int) -> list[str]:
+    """Nodes in turns, for so many shards: a shard and the next one, its mirror, are not on one.
+
+    Ray's own SPREAD may put them there: it counts resources, of which shards take none.
+
+    Args:
+        nodes: as `ray.nodes()` tells of them.
+        count: how many shards.
+    """
+    alive = sorted(
+        (node for node in nodes if node["Alive"]), key=lambda node: node["NodeManagerAddress"]
+    )
+    working = [node for node in alive if node["Resources"].get("CPU", 0) > 0] or alive
+    # From the last on: the first is the head's as a rule, and has most to do.
+    return [working[-1 - number % len(working)]["NodeID"] for number in range(count)]
 
 
 def _free(each: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,10 +79,14 @@ class Answers:
         finally:
             incoming.drop()
 
-    def _refuse(self, peer: bytes, reason: str, message: object) -> None:
-        refusal = Refusal(reason, getattr(message, "shard", -1))
+    def _refuse(
+        self, peer: bytes, reason: str, message: object, then: Literal["", "ask again"] = ""
+    ) -> None:
+        refusal = Refusal(reason, getattr(message, "shard", -1), then=then)
         if isinstance(message, Push):
             refusal = replace(refusal, worker=message.worker, sequence=message.sequence)
+        elif isinstance(message, Pull | PullRows):
+            refusal = replace(refusal, number=message.number)
         self.listener.send(peer, refusal)
 
     def _shard(self, index: int) -> Shard:
@@ -173,11 +178,14 @@ class Answers:
                 shard.values.lend(sent)
 
     def go_on(self) -> None:
-        """After a commit or a snapshot: answer the questions that waited for it."""
+        """After a commit or a snapshot: answer the questions that waited for it.
+
+        Those of a shard that is being filled anew wait until it is here again.
+        """
         due = [
             each
             for each in self._waiting
-            if not _too_soon(each.message, self._shard(each.message.shard))
+            if (shard := self.shards.get(each.message.shard)) and not _too_soon(each.message, shard)
         ]
         for waiting in due:
             self._waiting.remove(waiting)
@@ -191,12 +199,15 @@ class Answers:
         now = time.monotonic()
         for late in [waiting for waiting in self._waiting if waiting.until <= now]:
             self._waiting.remove(late)
-            have = self._shard(late.message.shard).version
-            reason = (
-                f"commit {late.message.at_least} did not come within {self.patience:g} s, there "
-                f"are {have}: ask again"
-            )
-            self._refuse(late.peer, reason, late.message)
+            shard, wanted = self.shards.get(late.message.shard), late.message.at_least
+            have = "it is being filled" if shard is None else f"there are {shard.version}"
+            what = f"commit {wanted}"
+            if late.message.snapshot is not None:
+                what = f"snapshot {late.message.snapshot}"
+            elif shard is not None and wanted <= shard.version and isinstance(late.message, Pull):
+                what = f"the end of what worker {late.message.worker} pushed"
+            reason = f"{what} did not come within {self.patience:g} s, {have}: ask again"
+            self._refuse(late.peer, reason, late.message, "ask again")
         return min((waiting.until - now for waiting in self._waiting), default=self.patience)
 
 

@@ -169,9 +169,11 @@ class Client:
         """Tell what validation gave."""
         self._control.send(Measured(self.number, lease, weight, sums))
 
-    def spoiled(self, lease: int, reason: str, gone: bool = False) -> None:
-        """Tell that a lease has no finite gradient, or that its snapshot is gone."""
-        self._control.send(Spoiled(self.number, lease, reason, gone))
+    def spoiled(
+        self, lease: int, reason: str, gone: bool = False, sequence: int | None = None
+    ) -> None:
+        """Tell that a lease has no finite gradient, or that its snapshot is gone; see `Spoiled`."""
+        self._control.send(Spoiled(self.number, lease, reason, gone, sequence))
 
     def await_(self, future: Future[_T]) -> _T:
         """A result of `fetch` or `push`; meanwhile the coordinator may say that all is over."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -40,21 +39,13 @@ from wagontrain.servers.messages import (
 from wagontrain.servers.observing import Member, Observer
 from wagontrain.servers.orders import Applied, Commit, Fill, Ready, Squares
 from wagontrain.servers.rates import Rates
+from wagontrain.servers.saving import States
 from wagontrain.servers.site import Terms
 from wagontrain.servers.wire import BadMessage, Incoming, Listener
 from wagontrain.version import __version__
 
 TICK = 0.1
 """Seconds after which the coordinator looks after processes when nobody says anything."""
-
-
-@dataclass
-class _Pulling:
-    """A snapshot whose state is on its way, and who else still needs it."""
-
-    keep: commands.Keep
-    parts: dict[int, Contents] = field(default_factory=dict)
-    dropped: bool = False
 
 
 class Coordinator:
@@ -88,7 +79,7 @@ class Coordinator:
         self.finished = False
         self._hellos: list[tuple[bytes, Hello]] = []
         self._numbers = 0
-        self._pulling: dict[int, _Pulling] = {}
+        self.states = States(self.fleet, observer)
         self._silent_since = time.monotonic()
 
     # --- the loop -------------------------------------------------------------------------------
@@ -105,7 +96,7 @@ class Coordinator:
         """
         self._silent_since = time.monotonic()
         looked = 0.0
-        while not self.finished or self._pulling:
+        while not self.finished or self.states:
             now = time.monotonic()
             if now - looked >= TICK:
                 looked = now
@@ -268,13 +259,14 @@ class Coordinator:
             if now - member.seen > patience:
                 self.remove(member.number, f"nothing heard for {now - member.seen:.0f} s")
         missing = [number for number, shard in enumerate(self.fleet.shards) if not shard.ready]
-        if (self.members and not missing) or self.finished:
+        if not missing and (self.members or self.finished):
             self._silent_since = now
         elif now - self._silent_since > self.terms.start:
             waited = f"within {self.terms.start:.0f} s"
             if missing:
                 raise WorkerError(f"server shard {missing[0]} did not come {waited}")
             raise WorkerError(f"no worker came {waited}: all have gone, and nobody has joined")
+        self.states.require(self.terms.start)
 
     # --- shards ---------------------------------------------------------------------------------
 
@@ -295,18 +287,16 @@ class Coordinator:
 
     def _retake(self) -> None:
         """Snapshots that a shard may not have, or was not asked for, are made anew."""
-        unsaved = [each.keep for each in self._pulling.values()]
-        for number in list(self._pulling):
-            del self._pulling[number]
-            self.fleet.release(number)
-        self._obey(self.decisions.retake(unsaved))
+        self._obey(self.decisions.retake(self.states.give_up()))
 
     def _applied(self, peer: bytes, message: Applied, incoming: Incoming) -> None:
+        self.fleet.of(peer)
         numbers = self.fleet.applied(message)
         if numbers is not None:
             self._obey(self.decisions.answered(message.version, numbers))
 
     def _squares(self, peer: bytes, message: Squares, incoming: Incoming) -> None:
+        self.fleet.of(peer)
         self.fleet.squares(message)
 
     def _refusal(self, peer: bytes, message: Refusal, incoming: Incoming) -> None:
@@ -317,27 +307,24 @@ class Coordinator:
         """
         if not self.fleet.knows(peer):
             return
-        if self.fleet.of(peer).ready:
+        if message.then == "go on":
+            self.observer.noted("shard_trouble", {"shard": message.shard, "why": message.reason})
+        elif message.snapshot is not None:
+            if self.states.refused(message.snapshot, message.reason):
+                self._retake()
+        elif self.fleet.of(peer).ready:
             raise TrainingError(f"server {message.reason}")
-        self.fleet.begin_anew(peer)
+        else:
+            self.fleet.begin_anew(peer, message.reason)
 
     def _fill(self, peer: bytes, message: Fill, incoming: Incoming) -> None:
         """A shard's part of a snapshot."""
+        self.fleet.of(peer)
         values, tensors = self.fleet.room(message.shard), room(message.state)
         incoming.into([*values, *tensors.values()])
         incoming.end()
-        pulling = None if message.snapshot is None else self._pulling.get(message.snapshot)
-        if pulling is None:  # it was asked for before another shard was lost
-            return
-        pulling.parts[message.shard] = Contents(
-            message.version, values, tensors, dict(message.state.get("plain", {}))
-        )
-        if len(pulling.parts) == len(self.fleet.shards):
-            del self._pulling[pulling.keep.number]
-            parts = [pulling.parts[each] for each in sorted(pulling.parts)]
-            self.observer.state(pulling.keep, parts)
-            if pulling.dropped:
-                self.fleet.release(pulling.keep.number)
+        part = Contents(message.version, values, tensors, dict(message.state.get("plain", {})))
+        self.states.take(message.snapshot, message.shard, part)
 
     # --- what was decided -----------------------------------------------------------------------
 
@@ -367,14 +354,7 @@ class Coordinator:
         self.fleet.snapshot(command.number)
         self.observer.kept(command)
         if self.observer.wants_state(command):
-            self._pulling[command.number] = _Pulling(command)
-            self.fleet.pull_state(command.number)
-
-    def _drop(self, command: commands.Drop) -> None:
-        if command.snapshot in self._pulling:
-            self._pulling[command.snapshot].dropped = True
-        else:
-            self.fleet.release(command.snapshot)
+            self.states.ask(command)
 
     def _finish(self, command: commands.Finish) -> None:
         self.finished = True
@@ -397,7 +377,7 @@ class Coordinator:
         commands.Stepped: lambda self, each: self.observer.committed(each),
         commands.Forget: lambda self, each: self.fleet.forget(each.worker, each.sequences),
         commands.Keep: _keep,
-        commands.Drop: _drop,
+        commands.Drop: lambda self, each: self.states.drop(each.snapshot),
         commands.Validated: lambda self, each: self.observer.validated(each),
         commands.Note: lambda self, each: self.observer.noted(each.kind, dict(each.fields)),
         commands.Finish: _finish,

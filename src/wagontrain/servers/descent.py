@@ -43,6 +43,7 @@ from wagontrain.servers.leases import Course, Reached, Supply, Work
 from wagontrain.servers.messages import Done, Lease, Measured, Spoiled
 from wagontrain.servers.roster import Held, Member, Roster
 from wagontrain.servers.staleness import Tally
+from wagontrain.servers.sums import sum_of
 from wagontrain.servers.validation import Validations
 
 __all__ = [
@@ -113,11 +114,13 @@ class Descent:
         member = self._roster.members.get(message.worker)
         if member is None:
             return self._drop(message, "its worker is not, or no longer, taking part")
+        mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         if not member.sequences.add(message.sequence):
-            return self._drop(message, "it was sent before")
+            commands = self._drop(message, "it was sent before")
+            self._take_back(mine)  # none, unless another used this push's name
+            return self._settle(commands) if mine else commands
         late = member.stale.intersection(message.leases)
         member.stale -= late
-        mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.held[lease] for lease in mine]
         if wrong := self._what_is_wrong(message, held):
             commands = self._drop(message, "it came too late" if late else wrong)
@@ -136,13 +139,19 @@ class Descent:
         member = self._roster.members.get(message.worker)
         if self.over or member is None:
             return []
+        name = (message.worker, message.sequence)
+        commands: list[Command] = []
+        if message.sequence is not None and name not in self._pending:
+            # One shard has refused it, others have put it aside.
+            member.sequences.add(message.sequence)
+            commands.append(Forget(message.worker, (message.sequence,)))
         member.stale.discard(message.lease)
         held = self._roster.held_by(message.worker, message.lease)
         if held is None:
-            return self._settle([])
+            return self._settle(commands)
         if message.gone and held.work.purpose == "validate":
-            return self.retake()
-        return self._settle(self._spoil(message.lease, message.reason))
+            return commands + self.retake()
+        return self._settle(commands + self._spoil(message.lease, message.reason))
 
     def measured(self, message: Measured) -> list[Command]:
         """Sums over a piece of the validation data."""
@@ -253,13 +262,13 @@ class Descent:
         return self._settle(self._update(update))
 
     def _update(self, update: tuple[Gradient, ...]) -> list[Command]:
-        weight = math.fsum(one.weight for one in update)
+        weight = sum_of(one.weight for one in update)
         first = update[0].works[0].start
         step, epoch = self.course.step_at(first), first // self.course.samples
-        if not weight:
+        if not 0 < weight < math.inf:
             return self._fail(
-                f"the weights of all samples of step {step} add up to 0: a mean over them does "
-                "not exist; leave such samples out or give them a weight"
+                f"the weights of all samples of step {step} add up to {weight:g}: a mean over "
+                "them does not exist; leave such samples out or give them a weight"
             )
         stale = [self.version - one.fetched for one in update]
         for one, staleness in zip(update, stale, strict=True):
@@ -267,7 +276,7 @@ class Descent:
         self.version += 1
         names = tuple(one.name for one in update)
         samples = sum(one.samples for one in update)
-        loss = math.fsum(one.loss for one in update) / weight
+        loss = sum_of(one.loss for one in update) / weight
         commands: list[Command] = [
             Apply(self.version, names, weight, max(stale), step, epoch, samples, loss)
         ]

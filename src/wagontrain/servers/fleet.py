@@ -45,8 +45,9 @@ _LOG = 20_000
 class Shard:
     """One shard: where it is, and up to which commit it has come.
 
-    `holds` are the shards that its process has, its own and one as a mirror, and the version of
-    each; `lost` counts commits that changed nothing there, because their pushes were gone.
+    `started` is how often its process was told what to hold. `holds` are the shards that it has
+    of what it was told last, its own and one as a mirror, and the version of each; `lost` counts
+    commits that changed nothing there, because their pushes were gone.
     """
 
     endpoint: str = ""
@@ -174,7 +175,8 @@ class Fleet:
         again = shard.started > 1
         if not self.mirrored:
             source = "file" if again and self._jobs[index].file else ""
-            self._send(shard.peer, Setup(self._jobs[index].plain(), source=source), ())
+            setup = Setup(self._jobs[index].plain(), source=source, attempt=shard.started)
+            self._send(shard.peer, setup, ())
             if not source:
                 self._fill(index, shard)
             return
@@ -183,8 +185,9 @@ class Fleet:
         for held, other in ((index, after), (before, before)):
             source = self.shards[other].endpoint if again else ""
             setup = Setup(
-                self._jobs[held].plain(), mirror if held == index else "", source, self.version
-            )
+                self._jobs[held].plain(), mirror if held == index else "", source, self.version,
+                shard.started,
+            )  # fmt: skip
             self._send(shard.peer, setup, ())
             if not again:
                 self._fill(held, shard)
@@ -198,10 +201,23 @@ class Fleet:
         """Whether a shard speaks by this name."""
         return any(shard.peer == peer for shard in self.shards)
 
-    def begin_anew(self, peer: bytes) -> None:
-        """A shard that was started again has no file to go on from: it begins anew."""
+    def begin_anew(self, peer: bytes, reason: str) -> None:
+        """A shard that was started again has no file to go on from: it begins anew.
+
+        Raises:
+            TrainingError: it has a mirror, and that has nothing either; or it was not started
+                again.
+        """
         shard = self.of(peer)
-        self._fill(self.shards.index(shard), shard)
+        index = self.shards.index(shard)
+        if shard.started == 1:
+            raise TrainingError(f"server {reason}")
+        if self.mirrored:
+            raise TrainingError(
+                f"server shard {index} was lost, and so was what its mirror had ({reason}): resume "
+                "from the run's checkpoint"
+            )
+        self._fill(index, shard)
 
     def room(self, index: int) -> list[Tensor]:
         """Memory for a shard's values."""
@@ -212,7 +228,8 @@ class Fleet:
     def is_ready(self, message: Ready) -> bool:
         """A process has one of the shards it is to hold; whether that was the last.
 
-        It is sent the commits since. Its part of what was kept is gone: see `Descent.retake`.
+        It is sent the commits since. Its part of what was kept is gone: see `Descent.retake`. One
+        that was told meanwhile to hold them anew is not ready by what it was told before.
 
         Raises:
             TrainingError: they are not known any longer.
@@ -221,6 +238,8 @@ class Fleet:
         if message.mirror:
             process = (message.index + 1) % len(self.shards)
         shard = self.shards[process]
+        if message.attempt != shard.started:
+            return False
         shard.holds[message.index] = message.version
         if len(shard.holds) < 1 + self.mirrored:
             return False

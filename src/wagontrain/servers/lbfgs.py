@@ -36,6 +36,7 @@ from wagontrain.servers.operations import (
     Products,
     Rename,
 )
+from wagontrain.servers.sums import sum_of
 from wagontrain.servers.wolfe import Point, strong_wolfe
 
 ORIGIN, DIRECTION, GRADIENT, PREVIOUS = "o", "d", "g", "p"
@@ -323,13 +324,13 @@ def two_loops(memory: Memory, s_g: Mapping[int, float], y_g: Mapping[int, float]
     alpha: dict[int, float] = {}
     for i in reversed(pairs):
         newer = [j for j in pairs if j > i]
-        s_q = math.fsum([-s_g[i], *(-alpha[j] * memory.s_y[i, j] for j in newer)])
+        s_q = sum_of([-s_g[i], *(-alpha[j] * memory.s_y[i, j] for j in newer)])
         alpha[i] = rho[i] * s_q
     on_s: dict[int, float] = {}
     for i in pairs:
-        y_q = math.fsum([-y_g[i], *(-alpha[j] * memory.y_y[min(i, j), max(i, j)] for j in pairs)])
+        y_q = sum_of([-y_g[i], *(-alpha[j] * memory.y_y[min(i, j), max(i, j)] for j in pairs)])
         older = [on_s[j] * memory.s_y[j, i] for j in pairs if j < i]
-        on_s[i] = alpha[i] - rho[i] * math.fsum([scale * y_q, *older])
+        on_s[i] = alpha[i] - rho[i] * sum_of([scale * y_q, *older])
     return (
         (-scale, GRADIENT),
         *((-scale * alpha[i], f"y{i}") for i in reversed(pairs)),

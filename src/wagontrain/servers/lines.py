@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import zmq
 from torch import Tensor
@@ -104,7 +105,7 @@ class Lines:
         def request(shard: int) -> tuple[Message, Sequence[Tensor]]:
             return Pull(shard, worker, whole, at_least, snapshot, number, own=own), ()
 
-        self._exchange(request, take)
+        self._exchange(_Question(request, take, lambda refusal: refusal.number == number))
         return min(versions)
 
     def pull_rows(
@@ -140,11 +141,13 @@ class Lines:
             nonlocal sent
             ids = {name: each for name, (each, _) in rows(shard).items()}
             counts = {name: len(each) for name, each in ids.items()}
-            asked = PullRows(shard, counts, worker, at_least, snapshot, number)
-            sent += len(encode(asked)) + sum(each.nbytes for each in ids.values())
-            return asked, list(ids.values())
+            pull = PullRows(shard, counts, worker, at_least, snapshot, number)
+            sent += len(encode(pull)) + sum(each.nbytes for each in ids.values())
+            return pull, list(ids.values())
 
-        self._exchange(request, take, [at for at in range(len(self._lines)) if rows(at)])
+        asked = [at for at in range(len(self._lines)) if rows(at)]
+        question = _Question(request, take, lambda refusal: refusal.number == number)
+        self._exchange(question, asked)
         return RowBytes(0, sent, received)
 
     def push(
@@ -170,12 +173,11 @@ class Lines:
             WorkerError: a shard did not answer in time.
         """
 
+        def named(message: Staged | Refusal) -> bool:
+            return (message.worker, message.sequence) == (worker, sequence)
+
         def take(shard: int, incoming: Incoming) -> bool:
-            message = incoming.message
-            return isinstance(message, Staged) and (message.worker, message.sequence) == (
-                worker,
-                sequence,
-            )
+            return isinstance(incoming.message, Staged) and named(incoming.message)
 
         def request(shard: int) -> tuple[Message, Sequence[Tensor]]:
             more = rows(shard)
@@ -183,22 +185,21 @@ class Lines:
             pushed = Push(shard, worker, sequence, without(shard), counts)
             return pushed, [*slices(shard), *(part for pair in more.values() for part in pair)]
 
-        self._exchange(request, take)
+        self._exchange(_Question(request, take, named))
 
-    def _exchange(
-        self,
-        request: Callable[[int], tuple[Message, Sequence[Tensor]]],
-        take: Callable[[int, Incoming], bool],
-        shards: Collection[int] | None = None,
-    ) -> None:
-        """Ask shards, by default all, and return when all have answered."""
+    def _exchange(self, question: _Question, shards: Collection[int] | None = None) -> None:
+        """Ask shards, by default all, and return when all have answered.
+
+        A refusal is raised when the others have answered, too: they may write to memory of this
+        process, and what was pushed lies there or not.
+        """
         limit = time.monotonic() + self._seconds
         poller = zmq.Poller()
         waiting: dict[zmq.Socket[bytes], tuple[int, Line, int]] = {}
         for shard, line in enumerate(self._lines):
             if shards is not None and shard not in shards:
                 continue
-            line.send(*request(shard))
+            line.send(*question.request(shard))
             waiting[line.socket] = (shard, line, line.connections())
             poller.register(line.socket, zmq.POLLIN)
         while waiting:
@@ -208,7 +209,7 @@ class Lines:
             for sock in ready:
                 shard, line, _ = waiting[sock]
                 incoming = line.receive(0)
-                if incoming is not None and self._taken(shard, incoming, take):
+                if incoming is not None and question.heard(shard, line, incoming):
                     poller.unregister(sock)
                     del waiting[sock]
             for sock, (shard, line, seen) in list(waiting.items()):
@@ -216,25 +217,57 @@ class Lines:
                     continue
                 now = line.connections()
                 if now > seen > 0:
-                    line.send(*request(shard))
+                    line.send(*question.request(shard))
                 waiting[sock] = (shard, line, now)
-            if time.monotonic() > limit:
+            if waiting and time.monotonic() > limit:
                 silent = ", ".join(str(shard) for shard, _, _ in waiting.values())
                 raise WorkerError(f"server shard {silent} gave no answer in {self._seconds:.0f} s")
-
-    def _taken(self, shard: int, incoming: Incoming, take: Callable[[int, Incoming], bool]) -> bool:
-        try:
-            if isinstance(incoming.message, Refusal):
-                reason = incoming.message.reason
-                kind: type[Exception] = LossError if "finite" in reason else RefusedError
-                if reason.endswith(GIVEN_UP):
-                    kind = GivenUpError
-                raise kind(f"server shard {shard}: {reason}")
-            return take(shard, incoming)
-        finally:
-            incoming.drop()
+        if question.refused is not None:
+            raise question.refused
 
     def close(self) -> None:
         """Close all lines."""
         for line in self._lines:
             line.close()
+
+
+@dataclass
+class _Question:
+    """What all shards are asked at a time.
+
+    Args:
+        request: of a shard, the message and its tensors.
+        take: takes an answer; whether it is one to this.
+        meant: whether a refusal is of this: one may still be on its way of a question before.
+        refused: the first refusal of this.
+    """
+
+    request: Callable[[int], tuple[Message, Sequence[Tensor]]]
+    take: Callable[[int, Incoming], bool]
+    meant: Callable[[Refusal], bool]
+    refused: Exception | None = None
+
+    def heard(self, shard: int, line: Line, incoming: Incoming) -> bool:
+        """Something has come; whether this shard is done with the question.
+
+        Raises:
+            GivenUpError: this worker takes part no longer; nothing else matters.
+        """
+        message = incoming.message
+        try:
+            if not isinstance(message, Refusal):
+                return self.take(shard, incoming)
+        finally:
+            incoming.drop()
+        # What a shard could not read it cannot name.
+        if not (self.meant(message) or (message.number < 0 and message.sequence < 0)):
+            return False
+        if message.then == "ask again":
+            line.send(*self.request(shard))
+            return False
+        reason = f"server shard {shard}: {message.reason}"
+        if reason.endswith(GIVEN_UP):
+            raise GivenUpError(reason)
+        kind = LossError if "finite" in reason else RefusedError
+        self.refused = self.refused or kind(reason)
+        return True

@@ -15,6 +15,7 @@ does not fit a type is refused. Nothing received is ever executed or unpickled.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -180,15 +181,20 @@ class Done:
 
 @dataclass(frozen=True)
 class Spoiled:
-    """A worker could not give a gradient for a lease; `reason` names what is not finite.
+    """A worker could not give a gradient for a lease.
 
-    With `gone`, a shard does not have the snapshot that was to be validated.
+    Args:
+        worker, lease: whose, and which.
+        reason: names what is not finite.
+        gone: whether it is a validation whose snapshot a shard does not have.
+        sequence: of the push that a shard refused, which others may have put aside.
     """
 
     worker: int
     lease: int
     reason: str
     gone: bool = False
+    sequence: int | None = None
     kind: Literal["spoiled"] = "spoiled"
 
 
@@ -239,12 +245,24 @@ class Stop:
 
 @dataclass(frozen=True)
 class Refusal:
-    """What was asked cannot be done; worker and sequence say of which push, if it was one."""
+    """What was asked cannot be done. It says of what it speaks, as answers do.
+
+    Args:
+        reason: why.
+        shard: who says so.
+        worker, sequence: of which push, if it was one.
+        number: of which question, if it was one.
+        snapshot: which one it was of that the shard does not have, where the coordinator asked.
+        then: "ask again": it may well be answered later; "go on": it is only to be told.
+    """
 
     reason: str
     shard: int = -1
     worker: int = -1
     sequence: int = -1
+    number: int = -1
+    snapshot: int | None = None
+    then: Literal["", "ask again", "go on"] = ""
     kind: Literal["refusal"] = "refusal"
 
 
@@ -365,6 +383,10 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(
 )
 
 
+_ENDLESS = re.compile(rb"[\[:,\s]-?\d{21}")
+"""An integer that no counter or seed of ours comes to, and of which no float can be made."""
+
+
 def encode(message: Message) -> bytes:
     """A header's bytes."""
     return _ADAPTER.dump_json(message)
@@ -376,6 +398,8 @@ def decode(header: bytes) -> Message:
     Raises:
         WorkerError: it is none of ours.
     """
+    if _ENDLESS.search(header):
+        raise WorkerError("a message was refused: a number in it has more than 20 digits")
     try:
         return _ADAPTER.validate_json(header)
     except pydantic.ValidationError as error:

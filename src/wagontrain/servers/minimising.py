@@ -121,22 +121,24 @@ class Minimisation:
         member = self._roster.members.get(message.worker)
         if member is None:
             return self._drop(message, "its worker is not, or no longer, taking part")
-        if not member.sequences.add(message.sequence):
-            counts = self._pool is not None and (
-                (message.worker, message.sequence) in self._pool.pushes
-            )
-            return [] if counts else self._drop(message, "it was sent before")
+        again = not member.sequences.add(message.sequence)
+        if again and self._counts(message.worker, message.sequence):
+            return []
         late = member.stale.intersection(message.leases)
         member.stale -= late
         mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.take(lease) for lease in mine]
-        wrong = self._what_is_wrong(message, held)
+        wrong = "it was sent before" if again else self._what_is_wrong(message, held)
         if not wrong:
             return self._accept(message, held)
         for each in held:
             self._give_back(each)
         commands = self._drop(message, "it came too late" if late else wrong)
         return self._settle(commands)
+
+    def _counts(self, worker: int, sequence: int | None) -> bool:
+        """Whether a push of this name is part of the gradient that is being collected."""
+        return self._pool is not None and (worker, sequence) in self._pool.pushes
 
     def spoiled(self, message: Spoiled) -> list[Command]:
         """An objective or gradient is not finite.
@@ -147,18 +149,19 @@ class Minimisation:
         member = self._roster.members.get(message.worker)
         if self.over or member is None:
             return []
+        commands = self._forget_refused(message, member)
         member.stale.discard(message.lease)
         held = self._roster.held_by(message.worker, message.lease)
         if held is None:
-            return self._settle([])
+            return self._settle(commands)
         if message.gone and held.work.purpose == "validate":
-            return self.retake()
+            return commands + self.retake()
         self._roster.take(message.lease)
         where = self._where(held)
         training = held.work.purpose == "train"
         if training and self._evaluating is not None and self._evaluating.trial:
             fields = {"step": self.steps, "reason": message.reason}
-            commands: list[Command] = [Note("too_far", fields), *self._abandon()]
+            commands += [Note("too_far", fields), *self._abandon()]
             return self._settle(commands + self._advance(lbfgs.Answer((), math.inf)))
         if held.work.spoiled_by is not None:
             return self._fail(
@@ -168,7 +171,14 @@ class Minimisation:
             )
         self._give_back(replace(held, work=replace(held.work, spoiled_by=message.worker)))
         fields = {"worker": message.worker, "lease": message.lease, "of": where}
-        return self._settle([Note("spoiled", {**fields, "reason": message.reason})])
+        return self._settle([*commands, Note("spoiled", {**fields, "reason": message.reason})])
+
+    def _forget_refused(self, message: Spoiled, member: Member) -> list[Command]:
+        """A push that one shard has refused, and others have put aside."""
+        if message.sequence is None or self._counts(message.worker, message.sequence):
+            return []
+        member.sequences.add(message.sequence)
+        return [Forget(message.worker, (message.sequence,))]
 
     def measured(self, message: Measured) -> list[Command]:
         """Sums over a piece of the validation data."""
@@ -343,10 +353,10 @@ class Minimisation:
         """Every portion is there: their sum is the gradient."""
         assert self._evaluating is not None
         pushes, weight, loss = pool.result
-        if not weight:
+        if not 0 < weight < math.inf:
             return self._fail(
-                f"the weights of all samples of step {self.steps} add up to 0: a mean over them "
-                "does not exist; leave such samples out or give them a weight"
+                f"the weights of all samples of step {self.steps} add up to {weight:g}: a mean "
+                "over them does not exist; leave such samples out or give them a weight"
             )
         for push in pushes:
             samples = sum(pool.sizes[start] for start in push.portions)

@@ -11,12 +11,13 @@ performed by each parameter server shard independently".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
+
+from wagontrain.servers.sums import sum_of
 
 PARAMETERS = "x"
 """The vector that is the model's parameters, which workers fetch."""
@@ -97,9 +98,9 @@ def reductions(operations: Sequence[Operation]) -> list[Reduction]:
     found: list[Reduction] = []
     for operation in operations:
         if isinstance(operation, Products):
-            found += [math.fsum] * (len(operation.left) * len(operation.right))
+            found += [sum_of] * (len(operation.left) * len(operation.right))
         elif isinstance(operation, Absolute):
-            found.append(math.fsum)
+            found.append(sum_of)
         elif isinstance(operation, Largest):
             found.append(max)
     return found

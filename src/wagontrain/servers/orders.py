@@ -21,12 +21,14 @@ class Setup:
             `version` commits. With "file", pushes may be missing that were here before: commits
             of them change nothing, and are told of as lost.
         version: commits that have to be in a state from elsewhere.
+        attempt: how often the process was told what to hold; `Ready` says which one it has done.
     """
 
     job: dict[str, Any]
     mirror: str = ""
     source: str = ""
     version: int = 0
+    attempt: int = 0
     kind: Literal["setup"] = "setup"
 
 
@@ -63,6 +65,7 @@ class Ready:
     index: int
     version: int
     mirror: bool = False
+    attempt: int = 0
     kind: Literal["ready"] = "ready"
 
 

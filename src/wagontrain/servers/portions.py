@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 
 from wagontrain.mesh import even_shares, ranges
 from wagontrain.servers.leases import Allowed, Work, take_first
+from wagontrain.servers.sums import sum_of
 
 Name = tuple[int, int]
 """Worker and sequence of a push."""
@@ -187,6 +188,6 @@ class Pool:
     def result(self) -> tuple[Sequence[Push], float, float]:
         """The pushes in the order of their samples, their weight, and the mean loss."""
         pushes = sorted(self.pushes.values(), key=lambda push: min(push.portions))
-        weight = math.fsum(push.weight for push in pushes)
-        loss = math.fsum(push.loss for push in pushes)
+        weight = sum_of(push.weight for push in pushes)
+        loss = sum_of(push.loss for push in pushes)
         return pushes, weight, loss / weight if weight else math.nan

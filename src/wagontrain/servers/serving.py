@@ -91,6 +91,7 @@ class Server:
         self.shards: dict[int, Shard] = {}
         self.answers = Answers(listener, self.shards, patience)
         self._filling: dict[int, Filling] = {}
+        self._attempts: dict[int, int] = {}
         self._keeper: Keeper | None = None
         self._over = False
         self._next_beat = 0.0
@@ -149,8 +150,8 @@ class Server:
             self._complain(str(error))
             return None
 
-    def _complain(self, reason: str) -> None:
-        self.line.send(Refusal(f"shard {self.index}: {reason}", self.index))
+    def _complain(self, reason: str, **more: Any) -> None:
+        self.line.send(Refusal(f"shard {self.index}: {reason}", self.index, **more))
 
     def _keep_time(self) -> float:
         """Do what is due; seconds until more is."""
@@ -167,7 +168,7 @@ class Server:
             if self._keeper is not None:
                 self._keeper.look()
                 if self._keeper.problem is not None:
-                    self._complain(self._keeper.problem)
+                    self._complain(self._keeper.problem, then="go on")
                     self._keeper.problem = None
         return self._next_beat - now
 
@@ -201,6 +202,9 @@ class Server:
             )
         self.shards.pop(job.index, None)
         shard = self.empty[job.index] = Shard(job)
+        self._attempts[job.index] = message.attempt
+        if (filling := self._filling.pop(job.index, None)) is not None:
+            filling.line.close()
         if own:
             if self.answers.mirror is not None:
                 self.answers.mirror.close()
@@ -235,7 +239,7 @@ class Server:
         if index == self.index:
             file = self.folder / shard.job.file
             self._keeper = Keeper(shard, file) if shard.job.file else None
-        self.line.send(Ready(index, shard.version, index != self.index))
+        self.line.send(Ready(index, shard.version, index != self.index, self._attempts[index]))
 
     def _go_on_filling(self) -> None:
         """Take what other processes sent of a state."""
@@ -276,6 +280,16 @@ class Server:
         self._own().keep(message.number)
         self.answers.go_on()
 
+    def _release(self, message: Release) -> None:
+        self._own().release(message.number)
+        self.answers.go_on()
+
+    def _tell_state(self, message: PullState) -> None:
+        try:
+            send_state(self.line, b"", self._own(), message)
+        except WorkerError as error:  # it was lost here, with its connection or its process
+            self._complain(str(error), snapshot=message.snapshot)
+
     def _norm(self, message: Norm) -> None:
         value = self._own().norm(message.pushes, message.divide)
         self.line.send(Squares(self.index, message.number, value))
@@ -301,8 +315,8 @@ class Server:
         Forget: _forget,
         Moved: _move,
         Snapshot: _keep,
-        Release: lambda self, message: self._own().release(message.number),
-        PullState: lambda self, message: send_state(self.line, b"", self._own(), message),
+        Release: _release,
+        PullState: _tell_state,
     }
 
 

@@ -55,7 +55,7 @@ class Shard:
         values: its parameters and buffers.
         staging: pushes that wait for their commit.
         kept: snapshots by number; they are taken in the order of their numbers.
-        newest: number of the last one taken.
+        newest: number of the last one that was taken, or passed over.
         forgiving: whether pushes may be missing, because it has lost some.
         lost: how many were missing so far.
         numbers: what the operations of the last commit found out.
@@ -313,7 +313,8 @@ class Shard:
         self.kept[number] = Kept(self.version, self.values.copy(), states, tables)
 
     def release(self, number: int) -> None:
-        """A snapshot is needed no longer."""
+        """A snapshot is needed no longer; one that was not taken will not be."""
+        self.newest = max(self.newest, number)
         self.kept.pop(number, None)
 
     def snapshot(self, number: int) -> Kept:

@@ -10,13 +10,14 @@ from wagontrain.servers.commands import Command, Drop, Keep, Validated
 from wagontrain.servers.leases import Allowed, Course, Work, take_first
 from wagontrain.servers.messages import Lease
 from wagontrain.servers.roster import Roster
+from wagontrain.servers.sums import sum_of
 
 
 class Validation:
     """The validation data in pieces, each measured once by whoever asks.
 
-    The sums of the pieces are added with `math.fsum`, which rounds once: the values do not depend
-    on who was quicker.
+    The sums of the pieces are added with one rounding: the values do not depend on who was
+    quicker.
     """
 
     def __init__(self, course: Course, keep: Keep) -> None:
@@ -50,17 +51,12 @@ class Validation:
         number = self.keep.number
         if not self._results:
             return [Drop(number)]
-        weight = math.fsum(weight for weight, _ in self._results)
+        weight = sum_of(weight for weight, _ in self._results)
         values = {
-            name: sum_of([sums[name] for _, sums in self._results]) / weight
+            name: sum_of(sums[name] for _, sums in self._results) / weight
             for name in (self._results[0][1] if weight else ())
         }
         return [Validated(self.keep.epoch, number, values, weight), Drop(number)]
-
-
-def sum_of(values: list[float]) -> float:
-    """The sum; `math.fsum` refuses infinities that a training gone astray may well have."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
 class Validations:

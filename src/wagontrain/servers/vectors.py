@@ -15,6 +15,7 @@ from wagontrain.servers.operations import Operation
 from wagontrain.servers.parts import PARAMETERS as REGION
 from wagontrain.servers.parts import Buffer, Part, region_of
 from wagontrain.servers.rules import State
+from wagontrain.servers.sums import sum_of
 
 RULE = "vectors"
 """The name under which a shard's job asks for this instead of an update rule."""
@@ -174,4 +175,4 @@ def _norm(runs: Sequence[Tensor], order: float) -> float:
     norms = [float(torch.linalg.vector_norm(run, order, dtype=torch.float64)) for run in runs]
     if not norms:
         return 0.0
-    return max(norms) if order == math.inf else math.fsum(norms)
+    return max(norms) if order == math.inf else sum_of(norms)

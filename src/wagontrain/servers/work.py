@@ -279,11 +279,13 @@ class Worker:
         try:
             self.client.await_(push)
         except LossError as error:
-            self._give_back(self._pushed, error)
+            self._give_back(self._pushed, error, self.sequence)
 
-    def _give_back(self, leases: tuple[int, ...], error: LossError) -> None:
+    def _give_back(
+        self, leases: tuple[int, ...], error: LossError, sequence: int | None = None
+    ) -> None:
         for number in leases:
-            self.client.spoiled(number, str(error))
+            self.client.spoiled(number, str(error), sequence=sequence)
 
     def _fill(self) -> None:
         """What several leases add up to counts as the sum of their means; clip it."""
@@ -311,17 +313,16 @@ class Worker:
             self._take(self._fetch)
             self._fetch = None
         live = self.flat.values
+        batch = self.validation.part(0, lease.step, range(lease.start, lease.stop), Cut())
         try:
             client.await_(client.fetch(self._slices(self._spare), 0, lease.snapshot))
+            self.flat.show(self._spare)
+            self.tables.begin(0, lease.snapshot)
+            self.model.eval()
+            found = self.objective.evaluate(self.model, batch)
         except RefusedError as error:  # a shard, or the order to keep it, was lost
             client.spoiled(lease.number, str(error), gone=True)
             return
-        self.flat.show(self._spare)
-        self.tables.begin(0, lease.snapshot)
-        self.model.eval()
-        try:
-            batch = self.validation.part(0, lease.step, range(lease.start, lease.stop), Cut())
-            found = self.objective.evaluate(self.model, batch)
         finally:
             self.flat.show(live)
         client.measured(lease.number, found.weight, dict(found.sums))
