@@ -191,7 +191,7 @@ def test_the_table_has_ranges_where_relaxed_ones_were_weighed() -> None:
     def shown(plan: Plan) -> str:
         console = Console(width=200, record=True, file=io.StringIO())
         console.print(plan_view.view(plan), soft_wrap=True)
-        return console.export_text()
+        return " ".join(console.export_text().split())
 
     assert "to loss" not in shown(planned(2e6))
     told = shown(planned(2e6, relaxed=True))
