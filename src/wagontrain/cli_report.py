@@ -55,7 +55,7 @@ def trace(
         int, typer.Option(help="Steps to write, counted from the end.")
     ] = tracing.STEPS,
 ) -> None:  # fmt: skip
-    """Write a run's steps in the trace format that Perfetto and chrome://tracing open."""
+    """Write a run's steps for Perfetto or chrome://tracing."""
     run = read_run(run_dir)
     count = tracing.write(run, output, steps)
     print(f"{output}: {count:,} of {len(run.steps.step):,} steps")

@@ -32,6 +32,7 @@ from wagontrain.servers.commands import (
     Operate,
     Stepped,
 )
+from wagontrain.servers.complaints import place_of, what_is_wrong
 from wagontrain.servers.deciding import Schedule
 from wagontrain.servers.leases import Allowed, Course, Work
 from wagontrain.servers.messages import Done, Lease, Measured, Spoiled
@@ -128,7 +129,7 @@ class Minimisation:
         member.stale -= late
         mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.take(lease) for lease in mine]
-        wrong = "it was sent before" if again else self._what_is_wrong(message, held)
+        wrong = "it was sent before" if again else what_is_wrong(message, held)
         if not wrong:
             return self._accept(message, held)
         for each in held:
@@ -157,7 +158,7 @@ class Minimisation:
         if message.gone and held.work.purpose == "validate":
             return commands + self.retake()
         self._roster.take(message.lease)
-        where = self._where(held)
+        where = place_of(held.lease)
         training = held.work.purpose == "train"
         if training and self._evaluating is not None and self._evaluating.trial:
             fields = {"step": self.steps, "reason": message.reason}
@@ -320,17 +321,6 @@ class Minimisation:
 
     # -------------------------------------------------------------------- the evaluations
 
-    def _what_is_wrong(self, message: Done, held: list[Held]) -> str:
-        """Why a push cannot count; `held`: those of its leases that are its worker's."""
-        training = [each for each in held if each.work.purpose == "train"]
-        if not training or len(training) < len(message.leases):
-            return "it is of leases that are not its worker's"
-        if any(each.lease.version != message.fetched for each in held):
-            return f"it was taken at version {message.fetched}, which is not that of its leases"
-        if not (math.isfinite(message.loss) and 0 <= message.weight < math.inf):
-            return f"its loss is {message.loss}, its weight {message.weight}"
-        return ""
-
     def _accept(self, message: Done, held: list[Held]) -> list[Command]:
         assert self._pool is not None
         portions = frozenset(each.work.start for each in held)
@@ -403,13 +393,6 @@ class Minimisation:
             self._validations.give_back(held.work)
         elif self._pool is not None:
             self._pool.give_back(held.worker, held.work)
-
-    def _where(self, held: Held) -> str:
-        lease = held.lease
-        samples = f"samples {lease.start} to {lease.stop - 1}"
-        if lease.purpose == "validate":
-            return f"validation after epoch {lease.epoch}, {samples} of its data"
-        return f"step {lease.step}, {samples} of the order of epoch {lease.epoch}"
 
     # ------------------------------------------------------------------------------- leases
 
