@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,29 @@ def test_small_files_do_not_wait_for_large_ones(folders: tuple[Path, Path]) -> N
 def test_nothing_is_put_outside(folders: tuple[Path, Path]) -> None:
     with pytest.raises(WorkerError, match="outside the run directory"):
         Copy(folders[1]).put(Piece("../other", 0, b"", whole=True))
+
+
+def test_folders_that_go_meanwhile_are_no_error(folders: tuple[Path, Path]) -> None:
+    """As a checkpoint does when a later one is whole."""
+    here, _ = folders
+    original = Original(here)
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            folder = here / "checkpoints" / "step-96" / "weights"
+            folder.mkdir(parents=True)
+            (folder / "rank0").write_bytes(b"weights")
+            shutil.rmtree(here / "checkpoints")
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(1000):
+            assert {piece.name for piece in original.pieces()} <= {
+                "checkpoints/step-96/weights/rank0"
+            }
+    finally:
+        over.set()
+        thread.join()
+        original.close()

@@ -65,7 +65,9 @@ class Original:
     def _changed(self) -> list[tuple[int, str]]:
         """Bytes left to send of each file that has any, or that is new."""
         changed = []
-        for path in self._folder.rglob("*"):
+        # Older checkpoints go meanwhile, which rglob takes for an error.
+        found = [Path(folder, name) for folder, _, names in os.walk(self._folder) for name in names]
+        for path in found:
             inside = path.relative_to(self._folder)
             unfinished = any(part.endswith(_PART) for part in inside.parts)
             if unfinished or path.is_symlink() or not path.is_file():
