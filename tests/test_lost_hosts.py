@@ -61,6 +61,8 @@ def test_a_host_killed_in_an_exchange_is_named(hosts: Nursery, tmp_path: Path) -
 
 
 HOW = ("kill", "stop", "cut")
+KNOWN = 3 * PATIENCE / 10
+"""Seconds in which a rank's pulse has said where it is: it beats ten times in PATIENCE."""
 
 
 class Job:
@@ -82,7 +84,7 @@ class Job:
 
     def harm(self, how: str) -> None:
         wait_for(self.folder / "reached")
-        time.sleep(1.5)  # until its pulse has said where it is
+        time.sleep(KNOWN)
         self.began = time.monotonic()
         harm(self.hosts, self.first + self.victim, self.children[self.victim], how)
 
@@ -124,7 +126,7 @@ def test_a_host_lost_before_all_have_met_is_named(hosts: Nursery, tmp_path: Path
         ])  # fmt: skip
     for number, how in enumerate(HOW):
         wait_for(tmp_path / how / "reached")  # the third never comes
-        time.sleep(1.5)
+        time.sleep(KNOWN)
         harm(hosts, 3 * number + 1, ranks[number][1], how)
     for number, how in enumerate(HOW):
         status, said = ranks[number][0].end(within=20)
@@ -143,7 +145,7 @@ def test_a_host_that_drops_out_of_a_probe_is_named(hosts: Nursery, tmp_path: Pat
         for rank in range(3)
     ]  # fmt: skip
     wait_for(tmp_path / "reached")
-    time.sleep(1.5)  # until its pulse has said where it is
+    time.sleep(KNOWN)
     children[1].send_signal(signal.SIGKILL)
     began = time.monotonic()
     for rank in (0, 2):

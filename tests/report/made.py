@@ -48,6 +48,10 @@ def usual(steps: int = 20) -> Iterator[Event]:
     for number in range(steps):
         end = 0.5 * (number + 1)
         yield step(number, end)
+        if number % 2:  # a sign of life of all: nothing that happened
+            doing = {f"in step {number}": "0-1"}
+            alive = {"doing": doing, "silent": {}, "every": 1.0}
+            yield {"kind": "workers", "time": BEGAN + end, **alive}
         if number:
             # The length differs from step to step: the later, the longer.
             longer = 0.2 + 0.001 * number

@@ -316,6 +316,9 @@ class _Reader:
         self.run.validations.append(found)
         self._happened(event, since)
 
+    def _on_workers(self, event: Event, since: float, at: int) -> None:
+        """Signs of life, about every second: for the live page. What comes of silence is told."""
+
     def _on_end(self, event: Event, since: float, at: int) -> None:
         self.run.summary = _summary(event["summary"])
 
