@@ -21,8 +21,8 @@ from wagontrain.transport import Context
 def balanced(context: Context) -> tuple[float, ...]:
     class Slow(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:
-            # Three times as slow on rank 1, by the sample.
-            time.sleep(len(inputs) * (6e-3 if context.world.rank == 1 else 2e-3))
+            # Three times as slow on rank 1, by the sample; long against a busy machine's noise.
+            time.sleep(len(inputs) * (3e-2 if context.world.rank == 1 else 1e-2))
             return super().forward(inputs)
 
     task = wt.Task(
