@@ -136,7 +136,11 @@ class _Crew:
             end_all([each.actor for each in self.actors.values()])
 
     def _place(self) -> None:
-        """Make all actors, and wait until they are there; shards take no CPU of Ray's count."""
+        """Make all actors, and wait until they are there; shards take no CPU of Ray's count.
+
+        A byte of memory instead: an actor that needs nothing at all is put on a node by chance,
+        whatever was asked (Ray 2.5x, `GetBestSchedulableNode`).
+        """
         each = needs(self.order.workers)
         make = ray.remote(Rank)
         kinds = [(True, n) for n in range(self.begin.shards)]
@@ -144,7 +148,7 @@ class _Crew:
         nodes = spread(ray.nodes(), self.begin.shards)
         for serves, number in kinds:
             name = f"{'server' if serves else 'rank'}{number}"
-            wanted = {"num_cpus": 0} if serves else {
+            wanted = {"num_cpus": 0, "memory": 1} if serves else {
                 "num_cpus": each["CPU"], "num_gpus": each.get("GPU", 0)
             }  # fmt: skip
             strategy: Any = "SPREAD"
