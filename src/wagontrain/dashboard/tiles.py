@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wagontrain.dashboard.words import clipped
+from wagontrain.sentences import OWN_WILL, clipped
 from wagontrain.signs import numbers_in, ranges
 
 Condition = Literal[
@@ -36,7 +36,6 @@ MOST = 20_000
 """Workers shown at most."""
 
 _KEEP = 0.8
-_OWN_WILL = "left of its own will"
 _NOBODY = "though all ranks answer"
 _NAMED = re.compile(
     r"(?:^|; |Error: )(?:worker )?rank (\d+)\b(?: on (?:host )?[^\s:]+)?([^;]*?)(?= \(if|;|$)",
@@ -156,7 +155,7 @@ class Tiles:
         if tile is None:
             return
         why = clipped(event.get("why", ""))
-        tile.condition = "left" if why == _OWN_WILL else "dead"
+        tile.condition = "left" if why == OWN_WILL else "dead"
         tile.why, tile.seen = why, float(event["time"])
         tile.doing = clipped(event.get("doing") or "", 80)
         tile.changed = self.lineup = revision

@@ -11,7 +11,6 @@ from typing import Any
 
 from wagontrain.plan import Candidate, Plan
 from wagontrain.plan_view import shown
-from wagontrain.report.curves import describe
 from wagontrain.report.reading import RunRecord
 from wagontrain.units import duration, short_time, size
 
@@ -348,7 +347,7 @@ def happenings(run: RunRecord) -> Table | None:
     if not found:
         return None
     rows = [
-        Row([duration(each.time), each.kind.replace("_", " "), describe(each)])
+        Row([duration(each.time), each.kind.replace("_", " "), each.text])
         for each in found[:_EVENTS]
     ]
     count = sum(number for kind, number in run.counts.items() if kind not in _HUMDRUM)
