@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wagontrain.sentences import OWN_WILL, clipped
-from wagontrain.signs import numbers_in, ranges
+from wagontrain.signs import SLOWER, WAITED, numbers_in, ranges
 
 Condition = Literal[
     "starting", "working", "slow", "silent", "dead", "stopped", "left", "ended", "unknown"
@@ -24,10 +24,6 @@ left        gone of its own will
 ended       the run has ended well
 unknown     nobody writes any more: the whole run is silent
 """
-
-SLOWER = 1.3
-WAITED = 0.1
-"""A worker is slow as `stragglers` has it: by this factor, with others waiting so much."""
 
 GONE = 32
 """Workers kept that take part no longer; of the others there is the number."""
