@@ -12,7 +12,7 @@ from typing import Any
 from wagontrain.plan import Candidate, Plan
 from wagontrain.plan_view import shown
 from wagontrain.report.reading import RunRecord
-from wagontrain.units import duration, short_time, size
+from wagontrain.units import duration, off_by, short_time, size
 
 UNKNOWN = "–"
 _ROWS = 20
@@ -110,7 +110,9 @@ def mathematics(run: RunRecord) -> str:
 def ending(run: RunRecord) -> str:
     """How it ended, in a sentence."""
     if run.summary is not None:
-        return f"Ended after {run.summary['steps']:,} steps and {duration(run.summary['seconds'])}."
+        done = f"{run.summary['steps']:,} steps and {duration(run.summary['seconds'])}"
+        why = run.summary.get("stopped")
+        return f"Ended after {done}" + (f": {why}" if why else ".")
     done = f"{len(run.steps.step):,} steps and {duration(run.last)}"
     if run.failure:
         return f"Failed after {done}: {run.failure}"
@@ -257,7 +259,7 @@ def off(happened: float | None, foretold: float | None) -> str:
     """By how much what happened differs."""
     if happened is None or not foretold:
         return ""
-    return f"{100 * (happened / foretold - 1):+.0f} %"
+    return off_by(happened, foretold)
 
 
 # --- the plan -----------------------------------------------------------------------------------
