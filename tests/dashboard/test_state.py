@@ -68,6 +68,13 @@ def test_updates_in_bursts_are_not_taken_for_speed() -> None:
     assert max(rates) < 1.3 * 512 / 0.1
 
 
+def test_a_smaller_last_batch_is_not_taken_for_a_slow_one() -> None:
+    steps = [recorded.step(n, NOW + n, samples=8, seconds=0.1, data_seconds=0.0) for n in range(50)]
+    last = recorded.step(50, NOW + 50, samples=1, seconds=0.0125, data_seconds=0.0)
+    shown = state_of(recorded.start(1, NOW), *steps, last, now=NOW + 50).since(Cursor())
+    assert shown["now"]["samples_per_second"] == pytest.approx(80)
+
+
 def test_a_slow_rank_that_others_wait_for() -> None:
     state = state_of(*recorded.synchronous(3, 100, until=NOW, slow=1))
     assert conditions(state) == {0: "working", 1: "slow", 2: "working"}

@@ -70,7 +70,7 @@ class State:
         self.patience = LEAST_PATIENCE
         self._longest = 0.0
         self._changed: dict[str, int] = {}
-        self._step_seconds: float | None = None
+        self._recent: tuple[float, float] | None = None  # samples and seconds of a step, smoothed
         self._sent = (0.0, 0.0)
 
     # --- events in ------------------------------------------------------------------------------
@@ -137,14 +137,15 @@ class State:
     def _on_step(self, event: Mapping[str, Any]) -> None:
         step, samples = int(event["step"]), float(event["samples"])
         seconds = float(event["seconds"]) + float(event["data_seconds"])
-        kept = self._step_seconds
-        smooth = seconds if kept is None else _KEEP * kept + (1 - _KEEP) * seconds
-        self._step_seconds = smooth
+        before = self._recent or (samples, seconds)
+        self._recent = made, smooth = (
+            _KEEP * before[0] + (1 - _KEEP) * samples, _KEEP * before[1] + (1 - _KEEP) * seconds,
+        )  # fmt: skip
         self.now |= {
             "step": step, "epoch": int(event["epoch"]), "time": float(event["time"]),
             "samples": self.now.get("samples", 0) + int(samples),
             "step_seconds": smooth,
-            "samples_per_second": samples / smooth if smooth > 0 else None,
+            "samples_per_second": made / smooth if smooth > 0 else None,
         }  # fmt: skip
         self._add("speed", event, samples, seconds, rate=True)
         if event.get("sent") is not None:
