@@ -82,7 +82,8 @@ def test_relaxed_strategies_say_so() -> None:
 
 
 SUMMARY = {
-    "seconds": 75.2, "steps": 10, "train_loss": 0.25, "validation": {"loss": 0.5, "accuracy": 0.97},
+    "seconds": 75.2, "first_step": 0, "steps": 10, "train_loss": 0.25,
+    "validation": {"loss": 0.5, "accuracy": 0.97},
     "samples_per_second": 1234.5, "world_size": 2, "bytes_sent_per_rank": [1000, 2500],
     "peak_memory_per_rank": [3_000_000, 2_000_000],
 }  # fmt: skip
@@ -94,6 +95,8 @@ def test_the_result_says_what_travelled() -> None:
     assert "  travelled   2.5 kB sent by each worker, 250 B a step" in lines
     assert "  files       runs/x" in lines
     assert max(map(len, lines)) < 80
+    resumed = result_lines(SUMMARY | {"first_step": 5}, None)
+    assert "  travelled   2.5 kB sent by each worker, 500 B a step" in resumed
     alone = result_lines(SUMMARY | {"world_size": 1, "train_loss": None, "validation": {}}, None)
     assert not any("travelled" in line or "files" in line for line in alone)
     uncounted = result_lines(SUMMARY | {"bytes_sent_per_rank": None}, None)

@@ -102,6 +102,7 @@ def test_a_run_leaves_its_files(gang: Gang, tmp_path: Path) -> None:
     assert summary == summaries[0][0]
     assert set(summary) == {
         "strategy", "settings", "exact", "world_size", "hosts", "steps", "samples", "seconds",
+        "first_step",
         "samples_per_second", "stopped", "train_loss", "validation", "bytes_sent_per_rank",
             "bytes_sent_in_steps_per_rank",
         "peak_memory_per_rank", "predicted", "versions", "shares", "times_per_rank", "straggler",

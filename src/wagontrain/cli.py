@@ -31,7 +31,11 @@ from wagontrain.cli_help import (
     PLACE,
     TRAIN,
     Commands,
+    Interface,
+    Patience,
     Sectioned,
+    TaskFile,
+    Workers,
     setting_names,
     strategy_names,
 )
@@ -63,7 +67,6 @@ app.add_typer(
     rich_help_panel=MACHINES,
 )
 
-TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
 StrategyName = Annotated[
     str,
     typer.Option(
@@ -95,12 +98,7 @@ Seed = Annotated[
 )
 def run(
     file: TaskFile,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW
-        ),
-    ] = None,
+    workers: Workers = None,
     strategy: StrategyName = USUAL,
     settings: Settings = None,
     trial: Annotated[
@@ -140,18 +138,8 @@ def run(
         Path | None,
         typer.Option(help="Run directory or checkpoint to go on from.", rich_help_panel=FILES),
     ] = None,
-    interface: Annotated[
-        str | None,
-        typer.Option(
-            help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
-        ),
-    ] = None,
-    patience: Annotated[
-        float,
-        typer.Option(
-            help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
-        ),
-    ] = 30.0,
+    interface: Interface = None,
+    patience: Patience = 30.0,
     dashboard: Annotated[
         bool,
         typer.Option(

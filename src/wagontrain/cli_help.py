@@ -1,10 +1,11 @@
-"""What the commands have in common: help in sections, and what the shell completes."""
+"""What the commands have in common: arguments, help in sections, what the shell completes."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
 
 from wagontrain import cluster, registry
@@ -14,6 +15,24 @@ HOW, LENGTH, FILES, PLACE = "How to distribute", "What, and how long", "Files", 
 """Sections of options."""
 TRAIN, CHOOSE, SEE, MACHINES = "Train", "Choose and check", "Look at runs", "Machines"
 """Sections of commands."""
+
+TaskFile = Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW),
+]
+Patience = Annotated[
+    float,
+    typer.Option(
+        help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
+    ),
+]
+Interface = Annotated[
+    str | None,
+    typer.Option(
+        help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
+    ),
+]
 
 
 class Sectioned(TyperCommand):

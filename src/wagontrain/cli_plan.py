@@ -11,34 +11,29 @@ from rich.console import Console
 
 from wagontrain import cluster as clusters
 from wagontrain import plan_view, planning
-from wagontrain.cli_help import CHOOSE, HOW, MACHINES, PLACE, Sectioned, cluster_names
+from wagontrain.cli_help import (
+    CHOOSE,
+    HOW,
+    MACHINES,
+    PLACE,
+    Interface,
+    Patience,
+    Sectioned,
+    TaskFile,
+    Workers,
+    cluster_names,
+)
 from wagontrain.errors import UsageError
 from wagontrain.launch import Terms
 from wagontrain.task import load_task
 
 app = typer.Typer()
 
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Worker processes; default one for each GPU, or one.", rich_help_panel=HOW),
-]
 Allow = Annotated[
     str | None,
     typer.Option(
         help="'relaxed' also weighs what is not the same mathematics as one process.",
         rich_help_panel=HOW,
-    ),
-]
-Patience = Annotated[
-    float,
-    typer.Option(
-        help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
-    ),
-]
-Interface = Annotated[
-    str | None,
-    typer.Option(
-        help="Network interface; default the one that leads to rank 0.", rich_help_panel=PLACE
     ),
 ]
 
@@ -60,7 +55,7 @@ def allows_relaxed(allow: str | None) -> bool:
     epilog="Example: wagontrain plan examples/alexnet.py --workers 4",
 )
 def plan(
-    file: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="Task file, and task in it.")],
+    file: TaskFile,
     workers: Workers = None,
     cluster: Annotated[
         str | None,

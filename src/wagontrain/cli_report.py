@@ -19,8 +19,6 @@ app = typer.Typer()
 _AT_ONCE = 16 * 2**20
 """Bytes of events that are read at the end of a run without being asked: about a second's work."""
 
-RunDirectory = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
-
 
 @app.command(rich_help_panel=SEE, epilog="Example: wagontrain report runs/mnist-20260101-120000")
 def report(
@@ -47,7 +45,7 @@ def report(
     epilog="Example: wagontrain trace runs/mnist-20260101-120000 -o trace.json",
 )
 def trace(
-    run_dir: RunDirectory,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="File to write.")
     ] = Path("trace.json"),

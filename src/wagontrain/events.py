@@ -19,6 +19,7 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 |            | -> seconds since it was heard of, where that is long; every, seconds after      |
 |            | which the next such event is due (see `signs`)                                  |
 | checkpoint | step: steps that it holds                                                       |
+| stopped    | step, reason: why training ends before its last step                            |
 | end        | summary                                                                         |
 | failed     | message                                                                         |
 
@@ -29,6 +30,7 @@ Where workers come and go (see `servers`) their numbers stand for ranks, and the
 | workers    | beside the above: work, worker -> batches, samples, seconds of computing a      |
 |            | batch, bytes sent; shards, one each: ready, behind (updates still to apply),    |
 |            | applied, busy (seconds of work so far), lost, silent                            |
+| step       | beside the above: staleness, updates that the oldest gradient did not know of   |
 | joined     | worker, host, process, device                                                   |
 | left       | worker, host, process, why, doing                                               |
 | restarted  | what, process, why: a worker or server shard that was started again             |
@@ -39,6 +41,7 @@ Where workers come and go (see `servers`) their numbers stand for ranks, and the
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -116,6 +119,33 @@ def read(path: Path, start: int = 0) -> Iterator[tuple[Event, int]]:
                 return
             start += len(line)
             yield json.loads(line), start
+
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError)
+"""What taking fields from an event raises that is not what it says."""
+
+
+def parsed(line: bytes) -> Event | None:
+    """The event of a line of a file that may hold anything; None where it is none."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
+        return None
+    when = event.get("time")
+    return event if isinstance(when, int | float) and abs(when) < 1e12 else None
+
+
+def finite(value: Any) -> Any:
+    """The same with None in place of numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return value
 
 
 def note_failure(path: Path, error: BaseException) -> None:

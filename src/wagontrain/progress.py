@@ -20,7 +20,7 @@ from wagontrain import events
 from wagontrain.events import Event, Sink
 from wagontrain.plan import Plan
 from wagontrain.plan_view import view
-from wagontrain.units import duration, size
+from wagontrain.units import duration, off_by, size
 
 PLAIN_SECONDS = 10.0
 """Time between two plain lines within an epoch."""
@@ -195,10 +195,8 @@ def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:
     lines.append(f"  speed       {summary['samples_per_second']:,.0f} samples/s")
     sent = summary["bytes_sent_per_rank"]
     if summary["world_size"] > 1 and sent is not None:
-        per_step = max(sent) / max(summary["steps"], 1)
-        lines.append(
-            f"  travelled   {size(max(sent))} sent by each worker, {size(per_step)} a step"
-        )
+        each = size(_per_step(sent, summary))
+        lines.append(f"  travelled   {size(max(sent))} sent by each worker, {each} a step")
     rows = summary.get("row_bytes")
     if rows and rows["touched"]:
         up, down = rows["sent"] / rows["touched"], rows["received"] / rows["touched"]
@@ -240,16 +238,16 @@ def _held_to(told: dict[str, Any], summary: dict[str, Any]) -> list[str]:
         f"  foretold    {told['samples_per_second']:,.0f} samples/s, "
         f"{size(told['bytes_sent_per_step'])} a step, {size(told['peak_memory'])}"
     ]
-    off = [f"speed {_off(summary['samples_per_second'], told['samples_per_second'])}"]
+    off = [f"speed {off_by(summary['samples_per_second'], told['samples_per_second'])}"]
     if sent := summary.get("bytes_sent_in_steps_per_rank"):
-        each = max(sent) / max(summary["steps"], 1)
-        off.append(f"bytes {_off(each, told['bytes_sent_per_step'])}")
-    off.append(f"memory {_off(max(summary['peak_memory_per_rank']), told['peak_memory'])}")
+        off.append(f"bytes {off_by(_per_step(sent, summary), told['bytes_sent_per_step'])}")
+    off.append(f"memory {off_by(max(summary['peak_memory_per_rank']), told['peak_memory'])}")
     return [*lines, f"              against that, {', '.join(off)}"]
 
 
-def _off(happened: float, told: float) -> str:
-    return f"{100 * (happened / max(told, 1e-12) - 1):+.0f} %"
+def _per_step(sent: list[int], summary: dict[str, Any]) -> float:
+    """Bytes of the worker that sends most, in a step: a run that was resumed has made the last."""
+    return max(sent) / max(summary["steps"] - summary["first_step"], 1)
 
 
 class _Smooth:

@@ -21,6 +21,10 @@ SECONDS = 1.0
 BYTES_PER_SECOND = 2000
 """Written on average at most."""
 
+SLOWER, WAITED = 1.3, 0.1
+"""A worker is slow that takes so many times as long as the median of the others, where these wait
+so much of their time."""
+
 
 class Signs:
     """Writes events of the kind "workers", from whichever thread hears the workers.

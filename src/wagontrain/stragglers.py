@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from wagontrain.signs import SLOWER, WAITED
 from wagontrain.strategy import StepTimes
-
-_SLOWER = 1.3
-_WAITED = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class RankTimes:
             for other in others
         )
         slower = self._own[rank] / max(usual, 1e-9)
-        if slower < _SLOWER or waited < _WAITED:
+        if slower < SLOWER or waited < WAITED:
             return None
         return Straggler(rank, self._hosts[rank], slower, waited)
 

@@ -407,6 +407,7 @@ class Run:
             "exact": self.strategy.exact,
             "world_size": self.context.world.size,
             "hosts": sorted(set(self._hosts)),
+            "first_step": self.first_step,
             "steps": self.step_count,
             "samples": self._samples,
             "seconds": time.perf_counter() - self._began,

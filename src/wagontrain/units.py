@@ -30,3 +30,8 @@ def short_time(seconds: float) -> str:
         return f"{seconds:.3g} s"
     digits = 3 if seconds >= 1e-3 else 2
     return f"{round(seconds * 1e3, 2):.{digits}g} ms"
+
+
+def off_by(happened: float, foretold: float) -> str:
+    """By how much something differs from what was predicted of it: +12 %."""
+    return f"{100 * (happened / max(foretold, 1e-12) - 1):+.0f} %"

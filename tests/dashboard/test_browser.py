@@ -195,6 +195,20 @@ def test_workers_that_come_and_go_and_their_servers(view: View, tmp_path: Path) 
         assert "was killed by SIGKILL" in view.page.locator("#log").inner_text()
 
 
+def test_another_run_in_the_same_place_is_shown_alone(view: View, tmp_path: Path) -> None:
+    recorded.write(tmp_path, *recorded.crewed(2, 300))
+    with serving(tmp_path) as server:
+        view.open(server.url)
+        view.until(lambda: view.page.locator("#shards tbody tr").count() == 2)
+        assert view.page.locator('[data-figure="validation accuracy"]').count() == 1
+        (tmp_path / "events.jsonl").unlink()
+        recorded.write(tmp_path, *recorded.synchronous(1, 20))
+        view.until(lambda: view.page.locator("#figures div").count() and view.figure("step") == 20)
+        assert view.page.locator('[data-figure="validation accuracy"]').count() == 0
+        assert not view.page.locator("#servers").is_visible()
+        assert view.page.locator(".tile").count() == 1
+
+
 def test_what_a_file_says_is_text_and_no_markup(view: View, tmp_path: Path) -> None:
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
     start = recorded.start(1, time.time(), strategy=evil, hosts=[evil], settings={evil: evil})

@@ -41,6 +41,16 @@ def test_a_line_that_is_being_written_is_waited_for(file: Path) -> None:
     assert not reader.read().events
 
 
+def test_a_line_whose_rest_was_taken_away_hides_no_other(file: Path) -> None:
+    file.parent.mkdir()
+    reader = Tail(file)
+    for end in (line(step=1)[:20], line(step=2, message="its writer was killed")):
+        file.write_text(line(step=0) + end)
+        read = reader.read()
+    assert [event["step"] for event in read.events] == [2]
+    assert (read.unreadable, read.again) == (0, False)
+
+
 def test_what_is_no_event_is_counted(file: Path) -> None:
     file.parent.mkdir()
     odd = ["{", "[]", "7", '{"kind": 3, "time": 1}', '{"kind": "x"}', '{"kind":"x","time":"soon"}',
@@ -76,7 +86,7 @@ def test_memory_has_an_end(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read = reader.read()
         found += read.events
         unreadable += read.unreadable
-        assert len(reader._rest) <= 300
+        assert reader._seen <= 300
     assert [event["step"] for event in found] == [1]
     assert unreadable >= 1
 

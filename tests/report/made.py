@@ -168,8 +168,8 @@ def crew(folder: Path) -> Path:
             yield step(number, 2 + 0.5 * number, staleness=number % 3, sent=None)
             if number == 9:
                 yield {"kind": "left", "time": BEGAN + 6.6, "worker": 2, "host": "one",
-                       "process": 12, "why": "killed by SIGKILL", "doing": ""}  # fmt: skip
+                       "process": 12, "why": "was killed by SIGKILL", "doing": ""}  # fmt: skip
                 yield {"kind": "restarted", "time": BEGAN + 6.7, "what": "worker 2",
-                       "process": 12, "why": "killed by SIGKILL"}  # fmt: skip
+                       "process": 12, "why": "was killed by SIGKILL"}  # fmt: skip
 
     return run_directory(folder, events(), CREW_SUMMARY)

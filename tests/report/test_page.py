@@ -160,6 +160,16 @@ def test_a_run_that_crashed_has_a_page(tmp_path: Path) -> None:
     assert found.row("rank 0")[0] == "–"  # no host is known
 
 
+def test_why_a_run_was_stopped_is_said(tmp_path: Path) -> None:
+    stopped = {"kind": "stopped", "time": BEGAN + 10, "step": 20, "reason": "no better"}
+    folder = run_directory(
+        tmp_path / "run", [*usual(), stopped], SUMMARY | {"stopped": "no better"}
+    )
+    found = parsed(folder)
+    assert "Ended after 20 steps and 10.2 s: no better" in found.text
+    assert "training stops after 20 steps: no better" in found.row("10.0 s")
+
+
 def test_a_run_of_which_nothing_is_known_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").write_text("")
     assert "No end is recorded" in parsed(tmp_path).text

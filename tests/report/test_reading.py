@@ -18,6 +18,7 @@ from tests.report.made import (
     step,
     times,
     usual,
+    validation,
     whole,
 )
 from wagontrain.errors import UsageError
@@ -82,15 +83,16 @@ def test_what_makes_no_sense_is_left_out_and_counted(tmp_path: Path) -> None:
     odd = [
         START, step(0, 1.0), {"kind": "step", "time": BEGAN}, {"kind": "times", "time": BEGAN},
         times(1, 2.0), times(2, 3.0, compute=[1.0], waiting=[0.0], data=[0.0]), {"kind": "step"},
+        validation(1, 3.0) | {"values": []}, step(3, 3.0, step=math.inf),
     ]  # fmt: skip
     folder = run_directory(tmp_path / "run", odd)
     with (folder / "events.jsonl").open("a") as file:
-        file.write("no JSON\n[1]\n\x00\x00\n")
+        file.write("no JSON\n[1]\n\x00\x00\n" + "[" * 100_000 + "\n")
     run = read_run(folder)
     assert (run.steps.step, run.times.steps) == ([0], 1)
     assert run.problems == [
-        "3 lines of events.jsonl are no events, and are left out",
-        "4 events lack what they should say, and are left out",
+        "5 lines of events.jsonl are no events, and are left out",
+        "5 events lack what they should say, and are left out",
     ]
 
 
@@ -119,7 +121,8 @@ def test_a_crew(tmp_path: Path) -> None:
     run = read_run(crew(tmp_path / "run"))
     assert run.counts == {"joined": 2, "left": 1, "restarted": 1}
     left = next(each for each in run.happenings if each.kind == "left")
-    assert (left.time, left.fields["why"]) == (pytest.approx(6.6), "killed by SIGKILL")
+    assert left.time == pytest.approx(6.6)
+    assert left.text == "worker 2 on one is gone: was killed by SIGKILL"
     assert run.steps.staleness[:4] == [0, 1, 2, 0]
     assert run.times.typical is None
 
@@ -128,7 +131,8 @@ def test_happenings_do_not_grow_without_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "KEPT", 3)
-    events = [{"kind": "dropped", "time": BEGAN + n, "worker": n} for n in range(10)]
+    late = {"kind": "dropped", "worker": 1, "reason": "it came too late"}
+    events = [late | {"time": BEGAN + n} for n in range(10)]
     run = read_run(run_directory(tmp_path / "run", [START, *events]))
     assert len(run.happenings) == 3
     assert run.counts == {"dropped": 10}

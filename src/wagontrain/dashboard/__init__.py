@@ -3,7 +3,7 @@
     tail      new lines of events.jsonl, as they come
     curves    a curve that never has more than so many points, however long the run is
     tiles     workers and server shards as a person sees them
-    words     what happened, in words, the last few hundred of it
+    log       what happened, the last few hundred lines of it
     state     events folded into all that the page shows
     feed      ... sent to browsers: first the whole, then what changes
     app       who may ask, and for what

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from wagontrain.dashboard.state import Cursor, State
 from wagontrain.dashboard.tail import Tail
+from wagontrain.events import finite
 
 PERIOD = 0.4
 """Seconds between two messages to a browser, and between two looks at the file."""
@@ -105,16 +105,5 @@ def message(content: dict[str, Any]) -> str:
     try:
         text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     except ValueError:
-        text = json.dumps(_finite(content), allow_nan=False, separators=(",", ":"))
+        text = json.dumps(finite(content), allow_nan=False, separators=(",", ":"))
     return f"data: {text}\n\n"
-
-
-def _finite(value: Any) -> Any:
-    """The same with nothing in place of numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from wagontrain.dashboard.curves import Curve, Rate
+from wagontrain.dashboard.log import Log
 from wagontrain.dashboard.tiles import Tiles, doing_now
-from wagontrain.dashboard.words import SILENT, Log, clipped
+from wagontrain.events import MALFORMED
+from wagontrain.sentences import FIGURES, cause, clipped
 
 Status = Literal["waiting", "running", "silent", "failed", "ended"]
 
@@ -68,7 +70,7 @@ class State:
         self.patience = LEAST_PATIENCE
         self._longest = 0.0
         self._changed: dict[str, int] = {}
-        self._step_seconds: float | None = None
+        self._recent: tuple[float, float] | None = None  # samples and seconds of a step, smoothed
         self._sent = (0.0, 0.0)
 
     # --- events in ------------------------------------------------------------------------------
@@ -81,10 +83,10 @@ class State:
             handler = self._HANDLERS.get(event["kind"])
             if handler is not None:
                 handler(self, event)
-            if event["kind"] not in SILENT:
+            if event["kind"] not in FIGURES:
                 self.log.add(event)
                 self._mark("log")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, IndexError):
+        except MALFORMED:
             self.unreadable += 1
         when = float(event["time"])
         if self.last and self.status == "running":
@@ -135,14 +137,15 @@ class State:
     def _on_step(self, event: Mapping[str, Any]) -> None:
         step, samples = int(event["step"]), float(event["samples"])
         seconds = float(event["seconds"]) + float(event["data_seconds"])
-        kept = self._step_seconds
-        smooth = seconds if kept is None else _KEEP * kept + (1 - _KEEP) * seconds
-        self._step_seconds = smooth
+        before = self._recent or (samples, seconds)
+        self._recent = made, smooth = (
+            _KEEP * before[0] + (1 - _KEEP) * samples, _KEEP * before[1] + (1 - _KEEP) * seconds,
+        )  # fmt: skip
         self.now |= {
             "step": step, "epoch": int(event["epoch"]), "time": float(event["time"]),
             "samples": self.now.get("samples", 0) + int(samples),
             "step_seconds": smooth,
-            "samples_per_second": samples / smooth if smooth > 0 else None,
+            "samples_per_second": made / smooth if smooth > 0 else None,
         }  # fmt: skip
         self._add("speed", event, samples, seconds, rate=True)
         if event.get("sent") is not None:
@@ -209,17 +212,12 @@ class State:
         self._mark("tiles", "doing")
 
     def _on_end(self, event: Mapping[str, Any]) -> None:
-        summary = event["summary"]
         self.status = "ended"
-        kept = ("steps", "samples", "seconds", "samples_per_second", "train_loss", "straggler")
-        self.run["summary"] = {key: summary.get(key) for key in kept}
         self.tiles.end(float(event["time"]), self.revision, None)
-        self._mark("status", "run", "tiles", "doing")
+        self._mark("status", "tiles", "doing")
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
-        self.status, self.message = "failed", clipped(event["message"], 2000)
-        if self.message.startswith("KeyboardInterrupt"):
-            self.message = "stopped by Ctrl-C"
+        self.status, self.message = "failed", cause(clipped(event["message"], 2000))
         self.tiles.end(float(event["time"]), self.revision, self.message)
         self._mark("status", "tiles", "doing")
 

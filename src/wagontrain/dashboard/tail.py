@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from wagontrain.events import parsed
 
 CHUNK = 1 << 20
 """Bytes read at a time, so that a long history is taken in turns with the browsers."""
@@ -45,8 +46,8 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._head = b""
-        self._position = 0
-        self._rest = b""
+        self._position = 0  # where the first line begins that was not whole yet
+        self._seen = 0  # bytes of it that were there
         self._skipping = False
 
     def read(self) -> Read:
@@ -61,25 +62,25 @@ class Tail:
                 # A first event has its time in it: another file begins otherwise.
                 if size < self._position or not head.startswith(self._head):
                     result.again = self._position > 0
-                    self._position, self._rest, self._skipping = 0, b"", False
+                    self._position, self._seen, self._skipping = 0, 0, False
                 self._head = head
+                # From the line's beginning: what its writer left of it may have been taken away.
                 file.seek(self._position)
-                data = file.read(CHUNK)
+                data = file.read(self._seen + CHUNK)
         except (FileNotFoundError, NotADirectoryError):
             return result
-        self._position += len(data)
-        result.left = max(0, size - self._position)
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        result.left = max(0, size - self._position - len(data))
+        *lines, rest = data.split(b"\n")
         if self._skipping and lines:
             del lines[0]
             self._skipping = False
-        if len(self._rest) > LONGEST:
-            self._rest, self._skipping = b"", True
+        if len(rest) > LONGEST and not self._skipping:
+            self._skipping = True
             result.unreadable += 1
-        elif self._skipping:
-            self._rest = b""
+        self._seen = 0 if self._skipping else len(rest)
+        self._position += len(data) - self._seen
         for line in without_old_news(lines):
-            event = _parsed(line)
+            event = parsed(line)
             if event is None:
                 result.unreadable += 1
             else:
@@ -96,14 +97,3 @@ def without_old_news(lines: list[bytes]) -> list[bytes]:
         return lines
     last = max((at for at, line in enumerate(lines) if line.startswith(_TIMES)), default=-1)
     return [line for at, line in enumerate(lines) if at == last or not line.startswith(_TIMES)]
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(event, dict) or not isinstance(event.get("kind"), str):
-        return None
-    when = event.get("time")
-    return event if isinstance(when, int | float) and abs(when) < 1e12 else None

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from wagontrain.dashboard.words import clipped
-from wagontrain.signs import numbers_in, ranges
+from wagontrain.sentences import OWN_WILL, clipped
+from wagontrain.signs import SLOWER, WAITED, numbers_in, ranges
 
 Condition = Literal[
     "starting", "working", "slow", "silent", "dead", "stopped", "left", "ended", "unknown"
@@ -25,10 +25,6 @@ ended       the run has ended well
 unknown     nobody writes any more: the whole run is silent
 """
 
-SLOWER = 1.3
-WAITED = 0.1
-"""A worker is slow as `stragglers` has it: by this factor, with others waiting so much."""
-
 GONE = 32
 """Workers kept that take part no longer; of the others there is the number."""
 
@@ -36,7 +32,6 @@ MOST = 20_000
 """Workers shown at most."""
 
 _KEEP = 0.8
-_OWN_WILL = "left of its own will"
 _NOBODY = "though all ranks answer"
 _NAMED = re.compile(
     r"(?:^|; |Error: )(?:worker )?rank (\d+)\b(?: on (?:host )?[^\s:]+)?([^;]*?)(?= \(if|;|$)",
@@ -156,7 +151,7 @@ class Tiles:
         if tile is None:
             return
         why = clipped(event.get("why", ""))
-        tile.condition = "left" if why == _OWN_WILL else "dead"
+        tile.condition = "left" if why == OWN_WILL else "dead"
         tile.why, tile.seen = why, float(event["time"])
         tile.doing = clipped(event.get("doing") or "", 80)
         tile.changed = self.lineup = revision

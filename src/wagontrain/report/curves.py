@@ -18,7 +18,7 @@ from wagontrain.report.figure import (
     run_colour,
     text,
 )
-from wagontrain.report.reading import Happening, RunRecord
+from wagontrain.report.reading import RunRecord
 
 By = Literal["samples", "time"]
 
@@ -33,7 +33,6 @@ _LANES = {
     "validation": "validation", "checkpoint": "checkpoint",
 }  # fmt: skip
 """Events on the axis of time, from the top; others come after, under their own names."""
-_BAD = {"left", "lost", "failed", "dropped", "mislaid", "spoiled", "refused"}
 
 
 def clock(runs: Sequence[RunRecord]) -> tuple[str, float]:
@@ -189,15 +188,14 @@ def _with_happenings(
     for place, kind in enumerate(kinds):
         these = [each for each in run.happenings if each.kind == kind]
         usual = FAINT if kind in ("validation", "checkpoint") else "@good"
-        bad = [is_bad(each) for each in these]
         data.append({
             "type": "scatter", "mode": "markers", "yaxis": "y2",
             "name": text(_LANES.get(kind, kind)),
             "x": [each.time / divisor for each in these], "y": [place] * len(these),
-            "text": [text(describe(each)) for each in these], "hovertemplate": "%{text}",
+            "text": [text(each.text) for each in these], "hovertemplate": "%{text}",
             "marker": {
-                "size": 8, "color": ["@bad" if each else usual for each in bad],
-                "symbol": ["x" if each else "circle" for each in bad],
+                "size": 8, "color": ["@bad" if each.trouble else usual for each in these],
+                "symbol": ["x" if each.trouble else "circle" for each in these],
             },
         })  # fmt: skip
     lanes = 20 * len(kinds) + 10
@@ -217,25 +215,6 @@ def _with_happenings(
         "Throughput, and what happened", data,
         layout({**x, "anchor": "y2"}, y, yaxis2=below), " ".join([caption, *more]), height,
     )  # fmt: skip
-
-
-def is_bad(event: Happening) -> bool:
-    """Whether somebody should look at it: who leaves of its own will is no loss."""
-    return event.kind in _BAD and "own will" not in str(event.fields.get("why"))
-
-
-def describe(event: Happening) -> str:
-    """An event in a few words."""
-    told = event.fields
-    if event.kind == "validation":
-        values = ", ".join(f"{name} {value}" for name, value in told["values"].items())
-        return f"after {told['step']} steps: {values}"
-    if event.kind == "checkpoint":
-        return f"of {told.get('step')} steps"
-    if event.kind == "failed":
-        return str(told.get("message"))
-    parts = [f"{name} {value}" for name, value in told.items() if name not in ("leases", "pushes")]
-    return ", ".join(parts)
 
 
 def staleness(run: RunRecord) -> Figure | None:

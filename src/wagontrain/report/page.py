@@ -6,16 +6,15 @@ by Jinja, in figures as JSON within the page, and there as text of plotly's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
 from wagontrain.errors import UsageError
+from wagontrain.events import finite
 from wagontrain.report import curves, steps, tables
 from wagontrain.report.figure import Figure, run_colour
 from wagontrain.report.reading import RunRecord
@@ -82,22 +81,11 @@ def render(runs: Sequence[RunRecord]) -> str:
         ],
         highlights=tables.highlights(runs[0]) if len(runs) == 1 else [],
         sections=sections, name_of=lambda figure: names[id(figure)], version=__version__,
-        figures={names[id(figure)]: _finite(figure.plain()) for figure in drawn},
+        figures={names[id(figure)]: finite(figure.plain()) for figure in drawn},
         style=(here / "page.css").read_text(),
         script=(here / "page.js").read_text(),
         plotly=get_plotlyjs(),
     )  # fmt: skip
-
-
-def _finite(value: Any) -> Any:
-    """The same without what JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return value
 
 
 def one(run: RunRecord) -> list[Section]:

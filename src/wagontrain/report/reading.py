@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wagontrain.errors import UsageError
-from wagontrain.events import Event
+from wagontrain.events import MALFORMED, Event, parsed
 from wagontrain.folder import RunFolder
 from wagontrain.plan import Plan
+from wagontrain.sentences import FIGURES, cause, is_trouble, sentence
 
 KEPT = 500
 """Happenings of a kind that are kept: the first ones; the rest are counted."""
@@ -81,12 +82,14 @@ class Happening:
     Args:
         kind: of the event.
         time: seconds since the start of the run.
-        fields: what else the event says.
+        text: what the event says, for a person.
+        trouble: whether somebody should look at it.
     """
 
     kind: str
     time: float
-    fields: Mapping[str, Any]
+    text: str
+    trouble: bool
 
 
 @dataclass(frozen=True)
@@ -216,14 +219,11 @@ def lines(file: Path, problems: list[str]) -> Iterator[tuple[Event, int]]:
             if not line.endswith(b"\n"):
                 problems.append("the last event was not written to its end, and is left out")
                 break
-            try:
-                event = json.loads(line)
-                if not isinstance(event, dict) or "kind" not in event:
-                    raise ValueError("no event")
-            except ValueError:
+            event = parsed(line)
+            if event is None:
                 broken += 1
-                continue
-            yield event, begin
+            else:
+                yield event, begin
     if broken:
         problems.append(f"{broken} lines of events.jsonl are no events, and are left out")
 
@@ -242,7 +242,7 @@ class _Reader:
         for event, at in lines(file, self.run.problems):
             try:
                 self._take(event, at)
-            except (KeyError, TypeError, ValueError):
+            except MALFORMED:
                 self.strange += 1
         if self.strange:
             self.run.problems.append(
@@ -259,10 +259,10 @@ class _Reader:
         since = time - self.began
         self.run.last = max(self.run.last, since)
         handler = getattr(self, f"_on_{event['kind']}", None)
-        if handler is None:
-            self._happened(event, since)
-        else:
+        if handler is not None:
             handler(event, since, at)
+        elif event["kind"] not in FIGURES:
+            self._happened(event, since)
 
     def _on_start(self, event: Event, since: float, at: int) -> None:
         self.run.start = event
@@ -316,22 +316,19 @@ class _Reader:
         self.run.validations.append(found)
         self._happened(event, since)
 
-    def _on_workers(self, event: Event, since: float, at: int) -> None:
-        """Signs of life, about every second: for the live page. What comes of silence is told."""
-
     def _on_end(self, event: Event, since: float, at: int) -> None:
         self.run.summary = _summary(event["summary"])
 
     def _on_failed(self, event: Event, since: float, at: int) -> None:
-        self.run.failure = str(event["message"])
+        self.run.failure = cause(str(event["message"]))
         self._happened(event, since)
 
     def _happened(self, event: Event, since: float) -> None:
         kind = str(event["kind"])
+        happening = Happening(kind, since, sentence(event), is_trouble(event))
         count = self.run.counts[kind] = self.run.counts.get(kind, 0) + 1
         if count <= KEPT:
-            fields = {name: value for name, value in event.items() if name not in ("kind", "time")}
-            self.run.happenings.append(Happening(kind, since, fields))
+            self.run.happenings.append(happening)
 
 
 def rank_step(event: Event) -> RankStep:

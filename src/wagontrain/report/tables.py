@@ -11,9 +11,8 @@ from typing import Any
 
 from wagontrain.plan import Candidate, Plan
 from wagontrain.plan_view import shown
-from wagontrain.report.curves import describe
 from wagontrain.report.reading import RunRecord
-from wagontrain.units import duration, short_time, size
+from wagontrain.units import duration, off_by, short_time, size
 
 UNKNOWN = "–"
 _ROWS = 20
@@ -111,7 +110,9 @@ def mathematics(run: RunRecord) -> str:
 def ending(run: RunRecord) -> str:
     """How it ended, in a sentence."""
     if run.summary is not None:
-        return f"Ended after {run.summary['steps']:,} steps and {duration(run.summary['seconds'])}."
+        done = f"{run.summary['steps']:,} steps and {duration(run.summary['seconds'])}"
+        why = run.summary.get("stopped")
+        return f"Ended after {done}" + (f": {why}" if why else ".")
     done = f"{len(run.steps.step):,} steps and {duration(run.last)}"
     if run.failure:
         return f"Failed after {done}: {run.failure}"
@@ -258,7 +259,7 @@ def off(happened: float | None, foretold: float | None) -> str:
     """By how much what happened differs."""
     if happened is None or not foretold:
         return ""
-    return f"{100 * (happened / foretold - 1):+.0f} %"
+    return off_by(happened, foretold)
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -348,7 +349,7 @@ def happenings(run: RunRecord) -> Table | None:
     if not found:
         return None
     rows = [
-        Row([duration(each.time), each.kind.replace("_", " "), describe(each)])
+        Row([duration(each.time), each.kind.replace("_", " "), each.text])
         for each in found[:_EVENTS]
     ]
     count = sum(number for kind, number in run.counts.items() if kind not in _HUMDRUM)

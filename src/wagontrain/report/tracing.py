@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from wagontrain.errors import UsageError
-from wagontrain.report.curves import describe
 from wagontrain.report.reading import RankStep, RunRecord, lines, rank_step
 
 STEPS = 2000
@@ -67,7 +66,7 @@ def records(run: RunRecord, steps: int = STEPS) -> tuple[list[Record], int]:
     measured = [*_of_run(run, slots, since, rest), *_of_ranks(run, slots)]
     happened = [
         {"ph": "i", "name": each.kind.replace("_", " "), "ts": each.time * 1e6, "pid": rest.run,
-         "tid": 0, "s": "g", "args": {"what": describe(each)}}
+         "tid": 0, "s": "g", "args": {"what": each.text}}
         for each in run.happenings
         if each.time >= since
     ]  # fmt: skip

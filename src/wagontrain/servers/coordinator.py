@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from wagontrain.errors import LossError, TrainingError, WorkerError
+from wagontrain.sentences import OWN_WILL
 from wagontrain.servers import commands
 from wagontrain.servers.commands import Command
 from wagontrain.servers.contents import Contents, room
@@ -234,7 +235,7 @@ class Coordinator:
 
     def _bye(self, peer: bytes, message: Bye, incoming: Incoming) -> None:
         if message.worker in self.members:
-            self.remove(message.worker, "left of its own will")
+            self.remove(message.worker, OWN_WILL)
 
     def remove(self, worker: int, why: str) -> None:
         """A worker takes part no longer; its unfinished work goes to others."""

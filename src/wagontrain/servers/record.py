@@ -64,7 +64,7 @@ class Record(Observer):
         self._signs = Signs(site.events)
         self.last_step = min(task.epochs * task.steps_per_epoch, site.steps or sys.maxsize)
         self.values: dict[str, float] = {}
-        self.steps = 0
+        self.steps = self.first_step = 0
         self.samples = 0
         self.rows = asdict(RowBytes())
         self.hosts: set[str] = set()
@@ -195,7 +195,7 @@ class Record(Observer):
 
     def begin(self, workers: int) -> None:
         """Say what is going to be run."""
-        task = self.task
+        task, self.first_step = self.task, self.steps
         description = {
             "strategy": self.strategy.name,
             "settings": self.strategy.settings,
@@ -215,7 +215,7 @@ class Record(Observer):
             steps_per_epoch=task.steps_per_epoch,
             batch_size=task.batch_size,
             samples=task.samples,
-            first_step=self.steps,
+            first_step=self.first_step,
             join=self.site.listener.endpoint.removeprefix("tcp://"),
             secret=str(self.folder.path / "secret"),
             **({"plan": planned} if planned else {}),
@@ -241,6 +241,7 @@ class Record(Observer):
             "exact": self.strategy.exact,
             "world_size": workers,
             "hosts": sorted(self.hosts),
+            "first_step": self.first_step,
             "steps": self.steps,
             "samples": self.samples,
             "seconds": now - self._began,

@@ -27,8 +27,8 @@ function take(news) {
   if (news.whole) {
     page.curves.clear();
     page.charts.clear();
-    at("charts").replaceChildren();
-    at("log").replaceChildren();
+    for (const part of ["figures", "charts", "log", "shards", "staleness"]) at(part).replaceChildren();
+    at("servers").hidden = true;
     page.workers.clear();
   }
   for (const key of ["run", "now", "status"]) if (news[key]) page[key] = news[key];
