@@ -213,13 +213,13 @@ class Descent:
         """Pushes, samples, mean seconds and dropped pushes of every worker there was."""
         return {worker: speed.plain() for worker, speed in self.tally.workers.items()}
 
+    def leases(self) -> dict[str, int]:
+        """How many were given, and are out: see `Roster.plain`."""
+        return self._roster.plain()
+
     def more(self) -> dict[str, Any]:
         """Nothing beside these."""
         return {}
-
-    def outstanding(self) -> list[dict[str, Any]]:
-        """The leases in workers' hands."""
-        return self._roster.plain()
 
     # ---------------------------------------------------------------------------- decisions
 

@@ -211,6 +211,10 @@ class Minimisation:
         """Pushes, samples, mean seconds and dropped pushes of every worker there was."""
         return {worker: speed.plain() for worker, speed in self.tally.workers.items()}
 
+    def leases(self) -> dict[str, int]:
+        """How many were given, and are out: see `Roster.plain`."""
+        return self._roster.plain()
+
     def more(self) -> dict[str, Any]:
         """What else there is to tell at the end."""
         return {
