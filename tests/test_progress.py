@@ -56,6 +56,19 @@ def test_plain_lines_without_a_terminal() -> None:
     ]
 
 
+def test_workers_that_come_and_go() -> None:
+    work = {"1": [10, 80, 0.1, 4000], "2": [2, 16, 0.4, 800], "5": [0, 0, 0.0, 0]}
+    told = {
+        "kind": "workers", "time": 0.5, "doing": {}, "silent": {}, "every": 1.0, "work": work,
+        "shards": [], "leases": {"given": 15, "again": 1, "out": 3, "waiting": 0},
+        "pushes_per_second": 11.96, "bytes_per_second": 4_780_000,
+    }  # fmt: skip
+    line = "3 workers at 20-80 samples/s; 12.0 pushes/s, 4.8 MB/s, 3 leases out"
+    assert shown(START, told, step(0), step(1)).splitlines()[-1] == f"  {line}"
+    assert line in shown(START, told, step(0), terminal=True)
+    assert "1 worker; " in shown(START, told | {"work": {"5": work["5"]}}, step(0), step(1))
+
+
 def test_the_last_known_loss_is_shown_where_not_every_step_has_one() -> None:
     unknown = {"loss": None}
     late = {"kind": "loss", "time": 3.0, "step": 3, "epoch": 1, "loss": 0.125, "covers": 128}

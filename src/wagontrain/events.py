@@ -29,7 +29,9 @@ Where workers come and go (see `servers`) their numbers stand for ranks, and the
 |------------|--------------------------------------------------------------------------------|
 | workers    | beside the above: work, worker -> batches, samples, seconds of computing a      |
 |            | batch, bytes sent; shards, one each: ready, behind (updates still to apply),    |
-|            | applied, busy (seconds of work so far), lost, silent                            |
+|            | applied, busy (seconds of work so far), lost, silent; leases: given, again,     |
+|            | out, waiting (see `servers.roster.Roster.plain`); pushes_per_second and         |
+|            | bytes_per_second of all workers since the event before                          |
 | step       | beside the above: staleness, updates that the oldest gradient did not know of   |
 | joined     | worker, host, process, device                                                   |
 | left       | worker, host, process, why, doing                                               |

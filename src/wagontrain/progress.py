@@ -42,6 +42,7 @@ class Progress(Sink):
         self._known_loss: float | None = None
         self._split: dict[str, float] = {}
         self._speed = _Smooth()
+        self._crew = ""
         self._printed = 0.0
 
     def take(self, event: Event) -> None:
@@ -97,6 +98,10 @@ class Progress(Sink):
         self._speed.add("exchange", event["exchange"])
         self._speed.add("waiting", sum(event["waiting"]) / workers)
 
+    def _on_workers(self, event: Event) -> None:
+        if "leases" in event:
+            self._crew = crew_line(event)
+
     def _on_validation(self, event: Event) -> None:
         values = ", ".join(f"{name} {value:.4f}" for name, value in event["values"].items())
         if self._live is not None:
@@ -117,6 +122,8 @@ class Progress(Sink):
             f"{self._loss()}  {self._samples_per_second():,.0f} samples/s"
         )
         self.print(f"  {self._step_split()}, {self._eta()}")
+        if self._crew:
+            self.print(f"  {self._crew}")
 
     def _panel(self) -> Table:
         event, start = self._step, self._start
@@ -132,6 +139,8 @@ class Progress(Sink):
             Text(f"{self._loss()}  {self._samples_per_second():,.0f} samples/s", style="bold")
         )
         table.add_row(Text(self._step_split(), style="dim"))
+        if self._crew:
+            table.add_row(Text(self._crew, style="dim"))
         return table
 
     def _place(self) -> str:
@@ -177,6 +186,23 @@ def _invitation(start: Event) -> list[str]:
         return []
     return ["more workers may join, on this host or where it can be reached:",
             f"  wagontrain join {start['join']} --secret-file {start['secret']}"]  # fmt: skip
+
+
+def crew_line(event: Event) -> str:
+    """What workers that come and go have done in the last second or so; of 80 characters or so."""
+    speeds = sorted(
+        samples / (batches * seconds)
+        for batches, samples, seconds, _ in event["work"].values()
+        if batches and seconds
+    )
+    ends = dict.fromkeys(f"{speed:.0f}" for speed in speeds[:1] + speeds[-1:])
+    each = f" at {'-'.join(ends)} samples/s" if ends else ""
+    workers = len(event["work"])
+    return (
+        f"{workers} worker{'s' * (workers != 1)}{each}; "
+        f"{event['pushes_per_second']:.1f} pushes/s, {size(event['bytes_per_second'])}/s, "
+        f"{event['leases']['out']} leases out"
+    )
 
 
 def result_lines(summary: dict[str, Any], folder: Path | None) -> list[str]:

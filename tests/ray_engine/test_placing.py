@@ -36,6 +36,16 @@ def node(name: str, cpus: float = 1.0, alive: bool = True) -> dict[str, Any]:
 
 def test_a_shard_and_its_mirror_are_on_two_nodes() -> None:
     nodes = [node("10.0.0.1"), node("10.0.0.3"), node("10.0.0.2"), node("10.0.0.4", alive=False)]
-    assert spread(nodes, 4) == ["10.0.0.3", "10.0.0.2", "10.0.0.1", "10.0.0.3"]
+    assert spread(nodes, 3) == ["10.0.0.3", "10.0.0.2", "10.0.0.1"]
+    assert spread(nodes, 1) == ["10.0.0.3"]
     assert spread([node("10.0.0.1", cpus=0), *nodes[1:3]], 2) == ["10.0.0.3", "10.0.0.2"]
     assert spread([node("10.0.0.1", cpus=0)], 2) == ["10.0.0.1", "10.0.0.1"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 5])
+@pytest.mark.parametrize("shards", [2, 3, 4, 5, 6, 7])
+def test_no_shard_is_beside_its_mirror_where_that_can_be(nodes: int, shards: int) -> None:
+    """The mirror of a shard is with the next one, that of the last with the first."""
+    places = spread([node(f"10.0.0.{number}") for number in range(nodes)], shards)
+    beside = sum(places[each] == places[(each + 1) % shards] for each in range(shards))
+    assert beside == (1 if nodes == 2 and shards % 2 else 0)

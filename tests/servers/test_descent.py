@@ -83,7 +83,9 @@ def test_each_push_is_an_update() -> None:
     assert descent.over
     assert descent.asked(0) == descent.left(1) == descent.done(push(1, 2, last)) == []
     assert descent.staleness()["histogram"] == {"0": 2, "1": 1}
-    assert descent.workers()[1] == {"pushes": 2, "samples": 6, "seconds": 0.0, "dropped": 0}
+    assert descent.workers()[1] == {
+        "pushes": 2, "samples": 6, "seconds": 0.0, "samples_per_second": None, "dropped": 0,
+    }  # fmt: skip
 
 
 def test_the_next_epoch_begins_while_the_last_batch_is_out() -> None:
@@ -197,7 +199,7 @@ def test_asking_twice_is_asking_once() -> None:
     assert list(given) == [0]
     assert descent.asked(1) == []
     assert list(lent(descent.left(0))) == [1]
-    assert [one["worker"] for one in descent.outstanding()] == [1]
+    assert descent.leases() == {"given": 2, "again": 1, "out": 1, "waiting": 0}
 
 
 def test_one_worker_at_a_time_at_a_warm_start() -> None:

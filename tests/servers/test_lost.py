@@ -119,7 +119,9 @@ def test_a_last_state_that_does_not_come_is_not_waited_for_for_ever(
         if keep.final:
             servers[1]._over = True
             fleet.shards[1].ready = not noticed
+            limit = time.monotonic() + 20
             while not servers[1].line.socket.closed:  # until nobody is there to be asked
+                assert time.monotonic() < limit
                 time.sleep(0.01)
         ask(keep)
 
@@ -215,7 +217,8 @@ def test_a_gradient_that_one_shard_refuses_is_in_no_update(
     servers = known(run)
     outcome = run.run()
     counting.check(outcome.weights, outcome.summary, outcome.events, EPOCHS)
-    reasons = {event["reason"] for event in outcome.of("spoiled")}
+    reasons = [event["reason"] for event in outcome.of("spoiled")]
+    assert len(reasons) == len(bad)
     assert any("'line." in reason and "is not finite" in reason for reason in reasons), reasons
     for number, server in servers.items():
         assert not server.shards[number].staging.held

@@ -108,5 +108,6 @@ def test_staleness_in_figures() -> None:
         "pushes": 100,
         "samples": 1000,
         "seconds": 0.25,
+        "samples_per_second": 40.0,
         "dropped": 0,
     }

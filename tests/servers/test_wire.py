@@ -26,6 +26,7 @@ from wagontrain.servers.messages import (
     Push,
     Refusal,
     Staged,
+    Stop,
     Values,
     decode,
     encode,
@@ -86,6 +87,7 @@ def outer_address() -> str:
         Push(0, 1, 2, ("a",), {"t": 3}),
         Commit(3, ((1, 0), (2, 5)), 2.0, 1, ({"lr": 0.1, "betas": [0.9, 0.99]}, {})),
         Beat("waiting"),
+        Stop('"the loss is 1' + "0" * 30 + '\\", -' + "9" * 30),
     ],
 )
 def test_headers_come_back_as_they_were(message):

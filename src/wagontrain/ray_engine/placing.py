@@ -107,6 +107,9 @@ def needs(workers: int) -> dict[str, float]:
 def spread(nodes: Sequence[Mapping[str, Any]], count: int) -> list[str]:
     """Nodes in turns, for so many shards: a shard and the next one, its mirror, are not on one.
 
+    The last one's mirror is the first. Where that cannot be, with an odd number of shards on two
+    nodes, these two are on one.
+
     Ray's own SPREAD may put them there: it counts resources, of which shards take none.
 
     Args:
@@ -117,8 +120,11 @@ def spread(nodes: Sequence[Mapping[str, Any]], count: int) -> list[str]:
         (node for node in nodes if node["Alive"]), key=lambda node: node["NodeManagerAddress"]
     )
     working = [node for node in alive if node["Resources"].get("CPU", 0) > 0] or alive
+    turns = [number % len(working) for number in range(count)]
+    if len(working) > 2 and count > 1 and turns[-1] == 0:  # the last one's mirror is the first
+        turns[-1] = 1
     # From the last on: the first is the head's as a rule, and has most to do.
-    return [working[-1 - number % len(working)]["NodeID"] for number in range(count)]
+    return [working[-1 - turn]["NodeID"] for turn in turns]
 
 
 def _free(each: dict[str, float]) -> dict[str, float]:

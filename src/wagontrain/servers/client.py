@@ -85,7 +85,8 @@ class Client:
         self._control = network.connect(coordinator)
         self._reports = network.connect(coordinator)
         self.doing = "starting"
-        self.sent = 0
+        # Each is counted in a thread of its own.
+        self._sent_in_pushes = self._sent_for_rows = 0
         self.welcome = self._say_hello(
             Hello(
                 "worker", __version__, socket.gethostname(), getpid(), fingerprint=fingerprint,
@@ -104,6 +105,11 @@ class Client:
     def number(self) -> int:
         """What the coordinator calls this worker."""
         return self.welcome.worker
+
+    @property
+    def sent(self) -> int:
+        """Bytes sent to shards so far: requests for rows, ids, gradients."""
+        return self._sent_in_pushes + self._sent_for_rows
 
     def _say_hello(self, hello: Hello) -> Welcome:
         incoming, limit, seen = None, time.monotonic() + self._seconds, -1
@@ -224,7 +230,7 @@ class Client:
         if len(self._lines) < 3:  # few need them
             self._lines.append(Lines(self._network, self.welcome.shards, self._seconds))
         moved = self._lines[2].pull_rows(wanted, self.number, at_least, snapshot)
-        self.sent += moved.sent
+        self._sent_for_rows += moved.sent
         return moved
 
     def _push(
@@ -237,10 +243,10 @@ class Client:
         shards = range(len(self.welcome.shards))
         sent = sum(each.nbytes for shard in shards for each in slices(shard))
         of_rows = sum(_bytes_of(rows(shard)) for shard in shards)
-        self.sent += sent + of_rows
+        self._sent_in_pushes += sent + of_rows
         self._lines[1].push(slices, done.worker, done.sequence, without, rows)
         moved = replace(done.rows, sent=done.rows.sent + of_rows)
-        self._report(replace(done, sent=sent + of_rows, rows=moved))
+        self._report(replace(done, sent=self.sent, rows=moved))
 
     def _report(self, message: Message) -> None:
         self._reports.send(message)

@@ -217,8 +217,6 @@ class Coordinator:
 
     def _spoiled(self, peer: bytes, message: Spoiled, incoming: Incoming) -> None:
         if self._known(peer, message.worker):
-            fields = {"worker": message.worker, "lease": message.lease, "reason": message.reason}
-            self.observer.noted("spoiled", fields)
             self._obey(self.decisions.spoiled(message))
 
     def _measured(self, peer: bytes, message: Measured, incoming: Incoming) -> None:

@@ -45,6 +45,9 @@ class Decisions(Protocol):
     def workers(self) -> dict[int, dict[str, Any]]:
         """What each worker has done."""
 
+    def leases(self) -> dict[str, int]:
+        """Counts of leases, see `roster.Roster.plain`."""
+
     def more(self) -> dict[str, Any]:
         """Further figures for the summary."""
 

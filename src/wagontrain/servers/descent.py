@@ -26,6 +26,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from wagontrain.servers import complaints
 from wagontrain.servers.commands import (
     Apply,
     Command,
@@ -114,15 +115,13 @@ class Descent:
         member = self._roster.members.get(message.worker)
         if member is None:
             return self._drop(message, "its worker is not, or no longer, taking part")
-        mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
-        if not member.sequences.add(message.sequence):
-            commands = self._drop(message, "it was sent before")
-            self._take_back(mine)  # none, unless another used this push's name
-            return self._settle(commands) if mine else commands
+        again = not member.sequences.add(message.sequence)
         late = member.stale.intersection(message.leases)
         member.stale -= late
+        mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.held[lease] for lease in mine]
-        if wrong := self._what_is_wrong(message, held):
+        wrong = "it was sent before" if again else self._what_is_wrong(message, held)
+        if wrong:
             commands = self._drop(message, "it came too late" if late else wrong)
             self._take_back(mine)
             return self._settle(commands)
@@ -150,7 +149,7 @@ class Descent:
         if held is None:
             return self._settle(commands)
         if message.gone and held.work.purpose == "validate":
-            return commands + self.retake()
+            return [*commands, complaints.spoiled(held, message.reason), *self.retake()]
         return self._settle(commands + self._spoil(message.lease, message.reason))
 
     def measured(self, message: Measured) -> list[Command]:
@@ -214,13 +213,13 @@ class Descent:
         """Pushes, samples, mean seconds and dropped pushes of every worker there was."""
         return {worker: speed.plain() for worker, speed in self.tally.workers.items()}
 
+    def leases(self) -> dict[str, int]:
+        """How many were given, and are out: see `Roster.plain`."""
+        return self._roster.plain()
+
     def more(self) -> dict[str, Any]:
         """Nothing beside these."""
         return {}
-
-    def outstanding(self) -> list[dict[str, Any]]:
-        """The leases in workers' hands."""
-        return self._roster.plain()
 
     # ---------------------------------------------------------------------------- decisions
 
@@ -239,14 +238,8 @@ class Descent:
         self.tally.of(worker).dropped += 1
         fields = {"worker": worker, "sequence": sequence, "reason": reason}
         note = Note("dropped", {**fields, "leases": list(message.leases)})
-        return (
-            [note]
-            if (worker, sequence) in self._pending
-            else [
-                Forget(worker, (sequence,)),
-                note,
-            ]
-        )
+        counts = (worker, sequence) in self._pending
+        return [note] if counts else [Forget(worker, (sequence,)), note]
 
     def _accept(self, message: Done, held: list[Held]) -> list[Command]:
         for lease in message.leases:
@@ -266,10 +259,7 @@ class Descent:
         first = update[0].works[0].start
         step, epoch = self.course.step_at(first), first // self.course.samples
         if not 0 < weight < math.inf:
-            return self._fail(
-                f"the weights of all samples of step {step} add up to {weight:g}: a mean over "
-                "them does not exist; leave such samples out or give them a weight"
-            )
+            return self._fail(complaints.no_mean(step, weight))
         stale = [self.version - one.fetched for one in update]
         for one, staleness in zip(update, stale, strict=True):
             self.tally.count(one.name[0], staleness, one.samples, one.seconds)
@@ -311,24 +301,10 @@ class Descent:
 
     def _spoil(self, lease: int, reason: str) -> list[Command]:
         held = self._roster.take(lease)
-        work, worker = held.work, held.worker
-        where = self._where(held)
-        if work.spoiled_by is not None:
-            return self._fail(
-                f"{where}: {reason} on worker {worker}, after worker {work.spoiled_by} had "
-                "failed on them, too; lower the learning rate or look at these samples"
-            )
-        self._give_back(lease, replace(held, work=replace(work, spoiled_by=worker)))
-        fields = {"worker": worker, "lease": lease, "of": where, "reason": reason}
-        return [Note("spoiled", fields)]
-
-    def _where(self, held: Held) -> str:
-        lease = held.lease
-        samples = f"samples {lease.start} to {lease.stop - 1}"
-        if lease.purpose == "validate":
-            return f"validation after epoch {lease.epoch}, {samples} of its data"
-        share = f" (share {lease.share} of {lease.shares})" if lease.shares > 1 else ""
-        return f"step {lease.step}, {samples} of the order of epoch {lease.epoch}{share}"
+        if held.work.spoiled_by is not None:
+            return self._fail(complaints.spoiled_twice(held, reason))
+        self._give_back(lease, replace(held, work=replace(held.work, spoiled_by=held.worker)))
+        return [complaints.spoiled(held, reason)]
 
     def _take_back(self, leases: Iterable[int], stale: bool = False) -> None:
         # Each is put before what was given back earlier: the oldest comes to stand first.

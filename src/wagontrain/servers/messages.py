@@ -162,7 +162,7 @@ class Done:
         samples: how many they are.
         loss: sum of the loss over them, weighted.
         seconds: of computing.
-        sent: bytes of it.
+        sent: bytes that its worker has sent to shards so far, those of this push included.
         rows: of tables, what was moved for its leases.
     """
 
@@ -211,7 +211,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Beat:
-    """Still here; bytes of gradients sent so far, and the most memory in use."""
+    """Still here; bytes sent to shards so far, and the most memory in use."""
 
     doing: str = ""
     worker: int = -1
@@ -386,6 +386,9 @@ _ADAPTER: TypeAdapter[Message] = TypeAdapter(
 _ENDLESS = re.compile(rb"[\[:,\s]-?\d{21}")
 """An integer that no counter or seed of ours comes to, and of which no float can be made."""
 
+_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
+"""What may well hold such digits: an error of the user's, say."""
+
 
 def encode(message: Message) -> bytes:
     """A header's bytes."""
@@ -398,7 +401,7 @@ def decode(header: bytes) -> Message:
     Raises:
         WorkerError: it is none of ours.
     """
-    if _ENDLESS.search(header):
+    if _ENDLESS.search(header) and _ENDLESS.search(_TEXT.sub(b"", header)):
         raise WorkerError("a message was refused: a number in it has more than 20 digits")
     try:
         return _ADAPTER.validate_json(header)

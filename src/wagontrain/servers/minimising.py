@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from wagontrain.errors import LossError
-from wagontrain.servers import lbfgs
+from wagontrain.servers import complaints, lbfgs
 from wagontrain.servers.commands import (
     Command,
     Drop,
@@ -32,7 +32,6 @@ from wagontrain.servers.commands import (
     Operate,
     Stepped,
 )
-from wagontrain.servers.complaints import place_of, what_is_wrong
 from wagontrain.servers.deciding import Schedule
 from wagontrain.servers.leases import Allowed, Course, Work
 from wagontrain.servers.messages import Done, Lease, Measured, Spoiled
@@ -129,7 +128,7 @@ class Minimisation:
         member.stale -= late
         mine = [lease for lease in dict.fromkeys(message.leases) if lease in member.leases]
         held = [self._roster.take(lease) for lease in mine]
-        wrong = "it was sent before" if again else what_is_wrong(message, held)
+        wrong = "it was sent before" if again else complaints.what_is_wrong(message, held)
         if not wrong:
             return self._accept(message, held)
         for each in held:
@@ -156,23 +155,17 @@ class Minimisation:
         if held is None:
             return self._settle(commands)
         if message.gone and held.work.purpose == "validate":
-            return commands + self.retake()
+            return [*commands, complaints.spoiled(held, message.reason), *self.retake()]
         self._roster.take(message.lease)
-        where = place_of(held.lease)
         training = held.work.purpose == "train"
         if training and self._evaluating is not None and self._evaluating.trial:
             fields = {"step": self.steps, "reason": message.reason}
             commands += [Note("too_far", fields), *self._abandon()]
             return self._settle(commands + self._advance(lbfgs.Answer((), math.inf)))
         if held.work.spoiled_by is not None:
-            return self._fail(
-                f"{where}: {message.reason} on worker {message.worker}, after worker "
-                f"{held.work.spoiled_by} had failed on them, too; lower the learning rate or look "
-                "at these samples"
-            )
+            return self._fail(complaints.spoiled_twice(held, message.reason))
         self._give_back(replace(held, work=replace(held.work, spoiled_by=message.worker)))
-        fields = {"worker": message.worker, "lease": message.lease, "of": where}
-        return self._settle([*commands, Note("spoiled", {**fields, "reason": message.reason})])
+        return self._settle([*commands, complaints.spoiled(held, message.reason)])
 
     def _forget_refused(self, message: Spoiled, member: Member) -> list[Command]:
         """A push that one shard has refused, and others have put aside."""
@@ -217,6 +210,10 @@ class Minimisation:
     def workers(self) -> dict[int, dict[str, Any]]:
         """Pushes, samples, mean seconds and dropped pushes of every worker there was."""
         return {worker: speed.plain() for worker, speed in self.tally.workers.items()}
+
+    def leases(self) -> dict[str, int]:
+        """How many were given, and are out: see `Roster.plain`."""
+        return self._roster.plain()
 
     def more(self) -> dict[str, Any]:
         """What else there is to tell at the end."""
@@ -344,10 +341,7 @@ class Minimisation:
         assert self._evaluating is not None
         pushes, weight, loss = pool.result
         if not 0 < weight < math.inf:
-            return self._fail(
-                f"the weights of all samples of step {self.steps} add up to {weight:g}: a mean "
-                "over them does not exist; leave such samples out or give them a weight"
-            )
+            return self._fail(complaints.no_mean(self.steps, weight))
         for push in pushes:
             samples = sum(pool.sizes[start] for start in push.portions)
             self.tally.count(push.name[0], 0, samples, push.seconds)

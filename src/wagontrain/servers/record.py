@@ -73,6 +73,7 @@ class Record(Observer):
         self._versions: dict[int, int] = {}
         self._members: dict[int, tuple[int, int]] = {}
         self._losses: dict[int, list[float]] = {}
+        self._told = time.monotonic(), 0, 0  # when, pushes and bytes until then
         self._began = self._last = time.perf_counter()
         self._first: float | None = None
 
@@ -114,7 +115,7 @@ class Record(Observer):
         for key, moved in asdict(message.rows).items():
             self.rows[key] += moved
         sent, memory = self._members.get(message.worker, (0, 0))
-        self._members[message.worker] = (sent + message.sent, memory)
+        self._members[message.worker] = (max(sent, message.sent), memory)
 
     def seen(self, member: Member) -> None:
         """A worker has given a sign of life."""
@@ -135,12 +136,22 @@ class Record(Observer):
             ]
             for member in there
         }
+        (before, pushes, sent), self._told = self._told, (now, *self._moved())
+        seconds = max(now - before, 1e-9)
         self._signs.send(
             {member.number: member.doing for member in there},
             {member.number: now - member.seen for member in there},
             work=work,
             shards=fleet.plain(now),
+            leases=self.decisions.leases(),
+            pushes_per_second=round((self._told[1] - pushes) / seconds, 3),
+            bytes_per_second=round((self._told[2] - sent) / seconds),
         )
+
+    def _moved(self) -> tuple[int, int]:
+        """Pushes that counted, and bytes that workers have sent, of all there were."""
+        pushes = sum(done["pushes"] for done in self.decisions.workers().values())
+        return pushes, sum(sent for sent, _ in self._members.values())
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
@@ -232,7 +243,8 @@ class Record(Observer):
     def summary(self, workers: int) -> dict[str, Any]:
         """How it ended."""
         now = time.perf_counter()
-        training = now - (self._first or self._began)
+        training = max(now - (self._first or self._began), 1e-9)
+        pushes, sent = self._moved()
         last = max(self._losses, default=None)
         sums = self._losses[last] if last is not None else None
         return {
@@ -245,7 +257,9 @@ class Record(Observer):
             "steps": self.steps,
             "samples": self.samples,
             "seconds": now - self._began,
-            "samples_per_second": self.samples / max(training, 1e-9),
+            "samples_per_second": self.samples / training,
+            "pushes_per_second": pushes / training,
+            "bytes_per_second": sent / training,
             "stopped": None,
             "train_loss": sums[0] / sums[1] if sums else None,
             "validation": self.values,
@@ -260,6 +274,7 @@ class Record(Observer):
             "lost": self.lost(),
             "staleness": self.decisions.staleness(),
             "workers": self.decisions.workers(),
+            "leases": self.decisions.leases(),
             **self.decisions.more(),
             "versions": {
                 "wagontrain": __version__,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from wagontrain.servers.leases import Work
 from wagontrain.servers.messages import Lease
@@ -63,6 +62,7 @@ class Roster:
         self.ready: dict[int, None] = {}
         self.waiting: dict[int, None] = {}
         self.held: dict[int, Held] = {}
+        self.given = self.again = 0
 
     @property
     def stuck(self) -> bool:
@@ -79,6 +79,8 @@ class Roster:
         del self.waiting[worker]
         self.held[lease.number] = Held(worker, work, lease)
         self.members[worker].leases.add(lease.number)
+        self.given += 1
+        self.again += work.again
 
     def take(self, lease: int, stale: bool = False) -> Held:
         """The lease is in nobody's hand any more; `stale`: its holder does not know."""
@@ -100,10 +102,14 @@ class Roster:
         self.ready.pop(worker, None)
         self.waiting.pop(worker, None)
 
-    def plain(self) -> list[dict[str, Any]]:
-        """The leases in workers' hands, as plain data."""
-        return [
-            {"lease": number, "worker": held.worker, "purpose": held.lease.purpose,
-             "epoch": held.lease.epoch, "step": held.lease.step}
-            for number, held in self.held.items()
-        ]  # fmt: skip
+    def plain(self) -> dict[str, int]:
+        """Counts of leases.
+
+        Returns:
+            given: all that ever were; again: those of them whose samples another worker, or the
+            same one, had before; out: those in workers' hands now; waiting: workers without one.
+        """
+        return {
+            "given": self.given, "again": self.again, "out": len(self.held),
+            "waiting": len(self.waiting),
+        }  # fmt: skip

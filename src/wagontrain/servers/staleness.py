@@ -99,12 +99,13 @@ class Speed:
     dropped: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """As plain data; `seconds` is the mean of a push."""
+        """As plain data; `seconds` is the mean of a push, the speed is while it computes."""
         mean = self.seconds / self.pushes if self.pushes else 0.0
         return {
             "pushes": self.pushes,
             "samples": self.samples,
             "seconds": mean,
+            "samples_per_second": self.samples / self.seconds if self.seconds else None,
             "dropped": self.dropped,
         }
 
