@@ -273,7 +273,8 @@ def _held_to(told: dict[str, Any], summary: dict[str, Any]) -> list[str]:
 
 def _per_step(sent: list[int], summary: dict[str, Any]) -> float:
     """Bytes of the worker that sends most, in a step: a run that was resumed has made the last."""
-    return max(sent) / max(summary["steps"] - summary["first_step"], 1)
+    made: int = summary["steps"] - summary["first_step"]
+    return max(sent) / max(made, 1)
 
 
 class _Smooth:
