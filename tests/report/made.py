@@ -104,7 +104,7 @@ def plan(**fields: Any) -> dict[str, Any]:
         "others": [
             candidate("hybrid", 0.48, why="1.5× as long: reasons", flip="below 0.6 Gbit/s")
         ],
-        "model": "mark", "world_size": 2, "cluster": "this one", "hosts": 2, "device": "cpu",
+        "model": "mark", "world_size": 2, "cluster": "this cluster", "hosts": 2, "device": "cpu",
         "notes": ["a note"], "planning": {"search": 0.1}, "bandwidth": 1e9,
         "curves": [
             {"strategy": "data-parallel", "title": "data-parallel",

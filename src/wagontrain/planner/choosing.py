@@ -94,7 +94,7 @@ def choose(
         profile, speeds = profiled(task, context)
     clock.lap("profile")
     with context.watch.doing("measuring the cluster"):
-        cluster = probe(context, "this one", speeds)
+        cluster = probe(context, "this cluster", speeds)
         profile = at_rest(profile, context)
     clock.lap("probe")
     costs = Costs(profile, cluster)
