@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,35 +13,22 @@ from typing import Any
 
 import pytest
 
+from tests import chromium
 from tests.commands import SCRIPTS, Running, clean_environment
 from tests.dashboard import recorded
 from tests.dashboard.serving import serving
 from tests.forks import Fork
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 KILLED = "worker rank 2 on anna was killed by SIGKILL; the other workers were stopped"
 SECONDS = 5.0
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"
-)
+pytestmark = chromium.needed
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        context = driver.chromium.launch_persistent_context(
-            tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, headless=True, args=FLAGS
-        )
-        context.set_default_timeout(15_000)
+    with chromium.opened(tmp_path_factory.mktemp("profile")) as context:
         yield context
-        context.close()
 
 
 class View:
