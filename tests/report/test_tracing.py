@@ -30,7 +30,7 @@ def traced(folder: Path, steps: int = tracing.STEPS) -> list[Record]:
         if each["ph"] == "X":
             assert each["dur"] >= 0
             lane = (each["pid"], each["tid"])
-            assert each["ts"] >= lanes[lane] - 1e-3, each  # a row has one thing at a time
+            assert each["ts"] >= lanes[lane], each  # a row has one thing at a time
             lanes[lane] = each["ts"] + each["dur"]
     assert {each["pid"] for each in timed} <= {each["pid"] for each in found if each["ph"] == "M"}
     return found

@@ -8,6 +8,8 @@
 
 Measured are the lengths. They are laid out from the beginning of each step in the order in which
 they begin; what would reach into the next step is cut there, and its `args` hold what was measured.
+Times are whole microseconds: with fractions, one thing would begin a rounding error before the one
+before it ended, and viewers drop what overlaps without lying within.
 
 Source: "Trace Event Format" (Google, 2016), events of the phases X, i, C and M.
 """
@@ -65,7 +67,7 @@ def records(run: RunRecord, steps: int = STEPS) -> tuple[list[Record], int]:
     since = 0.0 if len(slots) == len(run.steps.step) else begins
     measured = [*_of_run(run, slots, since, rest), *_of_ranks(run, slots)]
     happened = [
-        {"ph": "i", "name": each.kind.replace("_", " "), "ts": each.time * 1e6, "pid": rest.run,
+        {"ph": "i", "name": each.kind.replace("_", " "), "ts": _micro(each.time), "pid": rest.run,
          "tid": 0, "s": "g", "args": {"what": each.text}}
         for each in run.happenings
         if each.time >= since
@@ -85,6 +87,18 @@ class _Places:
 def _named(process: int, name: str, place: int) -> Record:
     return {"ph": "M", "name": "process_name", "pid": process, "tid": 0, "ts": 0,
             "args": {"name": name, "sort_index": place}}  # fmt: skip
+
+
+def _micro(seconds: float) -> int:
+    return round(seconds * 1e6)
+
+
+def _span(name: str, begin: float, end: float, row: tuple[int, int], **more: Any) -> Record:
+    """From one time to another, in a process's row."""
+    return {
+        "ph": "X", "name": name, "ts": _micro(begin), "dur": _micro(end) - _micro(begin),
+        "pid": row[0], "tid": row[1], "args": more,
+    }  # fmt: skip
 
 
 class _Slot(NamedTuple):
@@ -118,12 +132,11 @@ def _of_run(
 ) -> list[Record]:
     """Steps as one rank or the coordinator saw them, and the loss."""
     found: list[Record] = [
-        {"ph": "X", "name": f"step {number}", "ts": slot.begin * 1e6,
-         "dur": (slot.end - slot.begin) * 1e6, "pid": places.run, "tid": 0, "args": {}}
+        _span(f"step {number}", slot.begin, slot.end, (places.run, 0))
         for number, slot in slots.items()
-    ]  # fmt: skip
+    ]
     found += [
-        {"ph": "C", "name": "loss", "ts": at * 1e6, "pid": places.run, "tid": 0,
+        {"ph": "C", "name": "loss", "ts": _micro(at), "pid": places.run, "tid": 0,
          "args": {"loss": loss}}
         for at, loss in zip(run.losses.time, run.losses.loss, strict=True)
         if at >= since and math.isfinite(loss)
@@ -152,13 +165,10 @@ def _of_step(step: RankStep, slot: _Slot) -> Iterator[Record]:
         at = slot.begin
         for name in _PARTS:
             seconds = step.exchange if name == "exchange" else getattr(step, name)[rank]
-            length = min(max(0.0, seconds), max(0.0, slot.following - at))
-            if length > 0:
-                yield {
-                    "ph": "X", "name": name, "ts": at * 1e6, "dur": length * 1e6,
-                    "pid": rank + 1, "tid": 0, "args": {"step": step.step, "seconds": seconds},
-                }  # fmt: skip
-            at += length
+            end = max(at, min(at + max(0.0, seconds), slot.following))
+            if _micro(end) > _micro(at):
+                yield _span(name, at, end, (rank + 1, 0), step=step.step, seconds=seconds)
+            at = end
 
 
 def _predicted(run: RunRecord, places: _Places, begins: float) -> tuple[list[Record], list[Record]]:
@@ -171,9 +181,10 @@ def _predicted(run: RunRecord, places: _Places, begins: float) -> tuple[list[Rec
         for number, (rank, resource) in enumerate(lanes)
     ]  # fmt: skip
     found = [
-        {"ph": "X", "name": piece.label, "ts": (begins + piece.start) * 1e6,
-         "dur": piece.seconds * 1e6, "pid": places.predicted,
-         "tid": lanes.index((piece.rank, piece.resource)), "args": {"seconds": piece.seconds}}
+        _span(
+            piece.label, begins + piece.start, begins + (piece.start + piece.seconds),
+            (places.predicted, lanes.index((piece.rank, piece.resource))), seconds=piece.seconds,
+        )
         for piece in pieces
     ]  # fmt: skip
     return named, found
