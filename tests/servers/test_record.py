@@ -20,6 +20,8 @@ def test_bytes_pushes_and_leases_are_told(tmp_path: Path) -> None:
     run = Threads(counting.task(1), wt.make_strategy("parameter-server"), 1, tmp_path / "run")
     record, decide, fleet = run.record, run.coordinator.decisions, run.coordinator.fleet
     member = Member(1, b"", "here", 1, 0.0)
+    record._began -= 1000.0
+    record._last -= 1000.0
     record.noted("joined", {"worker": 1, "host": "here", "process": 1})
     decide.joined(1)
     began, _, _ = record._told
@@ -50,4 +52,6 @@ def test_bytes_pushes_and_leases_are_told(tmp_path: Path) -> None:
     assert told["bytes_sent_per_rank"] == [200]
     assert told["leases"] == first["leases"]
     assert told["workers"][1]["samples_per_second"] == 2 * counting.BATCH
+    assert told["seconds"] > 1000.0
+    assert told["pushes_per_second"] > 0.1  # starting processes is not training
     assert told["bytes_per_second"] == pytest.approx(100 * told["pushes_per_second"])

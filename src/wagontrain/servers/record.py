@@ -80,7 +80,6 @@ class Record(Observer):
     def committed(self, apply: commands.Apply | commands.Stepped) -> None:
         """An update was decided on."""
         now = time.perf_counter()
-        self._first = self._last if self._first is None else self._first
         self.steps = apply.version
         self.samples += apply.samples
         sums = self._losses.setdefault(apply.epoch, [0.0, 0.0])
@@ -170,6 +169,8 @@ class Record(Observer):
     def noted(self, kind: str, fields: dict[str, Any]) -> None:
         """Something else that belongs among the run's events."""
         if kind == "joined":
+            if self._first is None:  # starting processes is not training
+                self._first = self._last = time.perf_counter()
             self.hosts.add(fields["host"])
             self._here += 1
             self._members.setdefault(fields["worker"], (0, 0))  # it may end before its first sign
