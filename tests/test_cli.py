@@ -25,9 +25,10 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: st
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    message = capsys.readouterr().err
+    out, message = capsys.readouterr()
     assert "Traceback" not in message
-    return message
+    assert "report" not in out
+    return str(message)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], monkeypatch: Any, *arguments: st
         (["--epochs", "0"], "epochs is 0"),
         (["--steps", "0"], "0 steps were asked for"),
         (["--workers", "0"], "0 workers were asked for"),
+        (["--strategy", "sandblaster", "--workers", "2"], "give partial(torch.optim.LBFGS"),
         ([*PLAIN, "--workers", "9"], "9 workers cannot share a batch of 8"),
         (["--workers", "100000"], "each would be starved"),
         (["--workers", "two"], "Invalid value for '--workers'"),

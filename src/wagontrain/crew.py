@@ -181,7 +181,8 @@ def _lead(
                 listener, folder, events, terms, workers, order.steps, source, order.first_step,
                 order.plan,
             )  # fmt: skip
-            coordinator, record = strategy.coordinator(task, site)
+            with _closed_if_refused(events):
+                coordinator, record = strategy.coordinator(task, site)
             record.begin(workers)
             with record.failing(), ended(crew, coordinator):
                 crew.begin(job, listener.endpoint, strategy.shards, here)
@@ -192,6 +193,15 @@ def _lead(
         folder.discard()
         raise
     return summary, folder.path
+
+
+@contextlib.contextmanager
+def _closed_if_refused(events: Events) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        events.close()
+        raise
 
 
 def _own_address(place: Place, interface: str | None) -> str:

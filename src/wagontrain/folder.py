@@ -79,9 +79,11 @@ class RunFolder:
 
     def discard(self) -> None:
         """Take the folder away again, if nothing was run in it."""
-        if any((self.path / name).exists() for name in _TAKEN[:-1]):
+        kept = (self.path / name for name in _TAKEN[:-1])
+        if any(file.exists() for file in kept if file != self.events) or _size(self.events):
             return
-        for name in ("checkpoints", "logs", "stacks"):
+        self.events.unlink(missing_ok=True)  # opened, and nothing was to be told
+        for name in ("checkpoints", "logs", "stacks", "tensorboard"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         with contextlib.suppress(OSError):  # it held something else before
             self.path.rmdir()
@@ -117,6 +119,10 @@ def fresh(label: str) -> Path:
     parent, name = Path("runs"), f"{label}-{time.strftime('%Y%m%d-%H%M%S')}"
     candidates = [parent / name, *(parent / f"{name}-{number}" for number in range(2, 1000))]
     return next(path for path in candidates if not path.exists())
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
