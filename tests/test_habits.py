@@ -20,6 +20,7 @@ import wagontrain as wt
 from tests.gang import Gang
 from tests.problems import BATCH, SAMPLES, build, classes, numbers
 from wagontrain import verify
+from wagontrain.building import require_same_groups
 from wagontrain.reference import Trace, train_plainly
 from wagontrain.transport import Context
 
@@ -138,6 +139,24 @@ def test_groups_by_sizes_are_refused_where_tensors_are_divided(gang: Gang) -> No
         assert message.startswith("TaskError: Task.optimizer makes other groups")
     for found, _, _ in gang.run(2, trained, "data-parallel", {}, sized):
         assert passed(found, plainly(sized))
+
+
+def test_groups_of_equal_numbers_are_not_taken_for_the_same() -> None:
+    """Two layers that change places: as many parameters in each group, but others."""
+
+    def wide(model: nn.Module) -> torch.optim.Optimizer:
+        values = list(model.parameters())
+        return torch.optim.SGD(
+            [{"params": [v for v in values if (v.shape[0] > 2) is more]} for more in (True, False)],
+            lr=0.1,
+        )
+
+    made = task(model=lambda: nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)), optimizer=wide)
+    part = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 3))
+    whole = made.build_model()
+    require_same_groups(made, whole, made.build_optimizer(whole))
+    with pytest.raises(wt.TaskError, match="makes other groups of parameters here"):
+        require_same_groups(made, part, made.build_optimizer(part))
 
 
 def test_groups_survive_a_checkpoint_of_another_strategy(tmp_path: Path) -> None:

@@ -295,23 +295,33 @@ def require_uncompiled_norms(model: nn.Module) -> None:
             )
 
 
-def require_same_groups(task: Task, optimizer: Optimizer) -> None:
+def require_same_groups(task: Task, model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse groups of parameters that come out otherwise where a rank has parts of tensors.
+
+    Args:
+        task: what is trained.
+        model: with this rank's parts, all under the names of the plain model.
+        optimizer: over its parameters.
 
     Raises:
         TaskError: they hang on the sizes of tensors.
     """
-    groups = optimizer.param_groups
-    plain = skeleton(task) if len(groups) > 1 else None
+    plain = skeleton(task) if len(optimizer.param_groups) > 1 else None
     if plain is None:
         return
-    expected = task.build_optimizer(plain, closures=True).param_groups
-    if [len(group["params"]) for group in groups] != [len(each["params"]) for each in expected]:
+    expected = task.build_optimizer(plain, closures=True)
+    if _members(model, optimizer) != _members(plain, expected):
         raise TaskError(
             "Task.optimizer makes other groups of parameters here than on one process, because "
             "it goes by their sizes, and a rank has parts of them: go by their names, or by their "
             "number of dims"
         )
+
+
+def _members(model: nn.Module, optimizer: Optimizer) -> list[set[str]]:
+    """Names of the parameters in each group."""
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
+    return [{names[value] for value in group["params"]} for group in optimizer.param_groups]
 
 
 def gigabytes(count: int) -> str:
