@@ -27,7 +27,8 @@ from wagontrain.batches import mix
 from wagontrain.compiling import is_compiled
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout, full_name, local
-from wagontrain.task import Task, seeded_numbers
+from wagontrain.seeding import seeded_numbers
+from wagontrain.task import Task
 from wagontrain.transport import Context
 
 # Values that an optimizer keeps for each weight; Adam keeps two.

@@ -6,15 +6,13 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from wagontrain import data
 from wagontrain.compiling import compiled_in_place
 from wagontrain.errors import TaskError, UsageError, WagontrainError, nearest
+from wagontrain.seeding import seeded_numbers
 
 Precision = Literal["float32", "bfloat16"]
 Measure = Callable[[Any, Any], Any]
@@ -113,8 +112,8 @@ class Task:
                 "Task.loss is a module with parameters of its own, which would not be trained on "
                 "all workers: make it part of the model, and let the model return what it needs"
             )
-        if self.sampler is not None and not isinstance(self.sampler, Sized):
-            raise TaskError("Task.sampler has no length: give a sampler of torch.utils.data")
+        if self.sampler is not None:
+            data.require_sampler(self.sampler)
         if self.is_stream:
             data.require_streamable(self.shuffle, self.sampler, self.loader_workers)
         if self.validation is not None:
@@ -150,6 +149,10 @@ class Task:
             )
         if "loss" in self.metrics:
             raise TaskError("Task.metrics has an entry 'loss', which is reported anyway: rename it")
+        if not isinstance(self.callbacks, Sequence):
+            raise TaskError(
+                f"Task.callbacks is {type(self.callbacks).__name__}: give a list of callbacks"
+            )
         for callback in self.callbacks:
             if not hasattr(callback, "check") or isinstance(callback, type):
                 raise TaskError(
@@ -160,10 +163,10 @@ class Task:
 
     def _take_loaders_apart(self) -> None:
         """Put what DataLoaders of one's own say into this task's fields."""
-        train, validation = data.taken_apart(
-            self.train, self.validation, self.batch_size, self.collate
-        )
-        for name, value in (train | validation).items():
+        if isinstance(self.train, DataLoader) and self.sampler is not None:
+            raise TaskError("Task.sampler was given, and the DataLoader has one, too: leave one")
+        fields = data.taken_apart(self.train, self.validation, self.batch_size, self.collate)
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -341,21 +344,6 @@ def describe(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "(" + ", ".join(describe(item) for item in value) + ")"
     return type(value).__name__
-
-
-@contextlib.contextmanager
-def seeded_numbers(seed: int) -> Iterator[None]:
-    """Within, torch's, Python's and NumPy's random numbers begin at `seed`; then as before."""
-    before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
 
 
 TaskSource = Task | Callable[[], Task]
