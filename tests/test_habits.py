@@ -338,7 +338,13 @@ def _compiled_in_place() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [_compiled, _compiled_in_place])
+def _compiled_inside() -> nn.Module:
+    model: Any = Net()
+    model.middle = torch.compile(model.middle, backend="eager")
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [_compiled, _compiled_in_place, _compiled_inside])
 def test_a_compiled_model_trains_under_its_own_names(gang: Gang, make: Any) -> None:
     compiled = partial(task, model=make)
     assert set(compiled().build_model().state_dict()) == set(Net().state_dict())
@@ -364,8 +370,9 @@ def test_what_was_compiled_is_what_is_called() -> None:
 def test_strategies_that_change_layers_refuse_a_compiled_model(
     gang: Gang, strategy: str, settings: dict[str, Any]
 ) -> None:
-    for message in gang.run(2, trained, strategy, settings, partial(task, model=_compiled)):
-        assert message.startswith("UsageError: the model is compiled (torch.compile)")
+    for model, what in ((_compiled, "the model"), (_compiled_inside, "module 'middle'")):
+        for message in gang.run(2, trained, strategy, settings, partial(task, model=model)):
+            assert message.startswith(f"UsageError: {what} is compiled (torch.compile)")
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, of what it looks at while it compiles
