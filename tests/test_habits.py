@@ -171,12 +171,6 @@ def test_groups_survive_a_checkpoint_of_another_strategy(tmp_path: Path) -> None
         assert torch.allclose(value, rest.state_dict()[name], atol=1e-6)
 
 
-def test_several_optimizers_are_refused_with_what_to_do() -> None:
-    made = task(optimizer=lambda parameters: [torch.optim.SGD(parameters, lr=0.1)])
-    with pytest.raises(wt.TaskError, match="give one with groups of parameters"):
-        made.build_optimizer(made.build_model())
-
-
 # --- several losses -----------------------------------------------------------------------------
 
 

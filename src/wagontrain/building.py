@@ -27,13 +27,10 @@ from wagontrain.batches import mix
 from wagontrain.compiling import is_compiled
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout, full_name, local
+from wagontrain.optimizers import values_per_weight
 from wagontrain.seeding import seeded_numbers
 from wagontrain.task import Task
 from wagontrain.transport import Context
-
-# Values that an optimizer keeps for each weight; Adam keeps two.
-_STATE = {"SGD": 1, "Adagrad": 1, "RMSprop": 1}
-_STATE_OF_OTHERS = 2
 
 
 def skeleton(task: Task) -> nn.Module | None:
@@ -47,19 +44,11 @@ def skeleton(task: Task) -> nn.Module | None:
 
 def bytes_to_train(model: nn.Module, task: Task) -> int:
     """Bytes for weights, gradients and optimizer state of a whole copy; activations come on top."""
-    copies = 2 + state_of_optimizer(model, task)  # weights and gradients, too
+    copies = 2 + values_per_weight(task.build_optimizer(model))  # weights and gradients, too
     copies += task.ema is not None
     parameters = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     others = sum(value.nbytes for value in model.parameters() if not value.requires_grad)
-    return copies * parameters + others + sum(value.nbytes for value in model.buffers())
-
-
-def state_of_optimizer(model: nn.Module, task: Task) -> int:
-    """Values that the task's optimizer keeps for each weight, by what it is."""
-    made = task.build_optimizer(model)
-    if type(made) is torch.optim.SGD and not made.defaults.get("momentum"):
-        return 0
-    return _STATE.get(type(made).__name__, _STATE_OF_OTHERS)
+    return round(copies * parameters) + others + sum(value.nbytes for value in model.buffers())
 
 
 def usable_bytes(device: torch.device) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from wagontrain import data
+from wagontrain import data, optimizers
 from wagontrain.compiling import compiled_in_place
 from wagontrain.errors import TaskError, UsageError, WagontrainError, nearest
 from wagontrain.seeding import seeded_numbers
@@ -39,7 +38,7 @@ class Task:
         loss: `(output, target) -> scalar tensor`, the **mean** over the samples given.
         optimizer: `parameters -> torch.optim.Optimizer`, for instance a `functools.partial`. A
             function whose first argument is called `model` or `named_parameters` gets that, to
-            make groups of parameters.
+            make groups of parameters. A list of optimizers is stepped one after the other.
         train: map-style dataset of `(input, target)`; an input is a tensor, a tuple
             (`model(*input)`) or a dict (`model(**input)`). A sample that is one dict is both.
             Also an `IterableDataset`, or a `DataLoader`, which is taken apart.
@@ -50,7 +49,8 @@ class Task:
             or a DataLoader of one.
         metrics: name -> `(output, target) -> mean over the samples given`, for validation.
         seed: fixes initial weights and the order of samples.
-        scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step.
+        scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step; of several
+            optimizers each gets one.
         clip_grad_norm: largest 2-norm of the whole gradient; larger ones are scaled down to it.
         precision: "bfloat16" runs forward and loss under `torch.autocast`.
         accumulate: number of micro-batches that a global batch is cut into, one after the other.
@@ -73,7 +73,7 @@ class Task:
 
     model: Callable[[], nn.Module]
     loss: Measure
-    optimizer: Callable[..., Optimizer]
+    optimizer: Callable[..., Optimizer | Sequence[Optimizer]]
     train: Dataset[Any] | DataLoader[Any]
     batch_size: int = 0
     epochs: int = 1
@@ -210,44 +210,22 @@ class Task:
         return model
 
     def build_optimizer(self, model: nn.Module, closures: bool = False) -> Optimizer:
-        """Build the optimizer over the model's parameters.
+        """Build the optimizer over the model's parameters; several are one, see `optimizers`.
 
         Args:
             model: whose parameters.
             closures: whether it may be one that evaluates the model by itself: LBFGS.
 
         Raises:
-            TaskError: it is not an optimizer, or one that calls the model by itself.
+            TaskError: it is not an optimizer, one that calls the model by itself, or several
+                with a parameter in common.
         """
         with _named_as("Task.optimizer"):
-            optimizer: Any = self.optimizer(_argument(self.optimizer, model))
-        if isinstance(optimizer, list | tuple) and isinstance(optimizer[0], Optimizer):
-            raise TaskError(
-                "Task.optimizer returned several optimizers: give one with groups of parameters, "
-                "each with settings of its own (see docs/task.md)"
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise TaskError(
-                f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
-                "optimizer, for instance partial(torch.optim.SGD, lr=0.1)"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS) and not closures:
-            raise TaskError(
-                "torch.optim.LBFGS evaluates the model several times per step, which only the "
-                "strategy sandblaster does: use that, or a first-order optimizer such as SGD or "
-                "Adam"
-            )
-        own = {id(parameter) for parameter in model.parameters()}
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if any(id(parameter) not in own for parameter in held):
-            raise TaskError(
-                "Task.optimizer holds parameters that are not the model's, which would be "
-                "trained on each worker by itself: make them part of the model"
-            )
-        return optimizer
+            made: Any = self.optimizer(optimizers.argument(self.optimizer, model))
+        return optimizers.as_one(made, model, closures)
 
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
-        """Build the learning-rate scheduler, if the task has one.
+        """Build the learning-rate scheduler, if the task has one; of several optimizers for each.
 
         Raises:
             TaskError: it needs a metric to step, as ReduceLROnPlateau does.
@@ -255,18 +233,19 @@ class Task:
         if self.scheduler is None:
             return None
         with _named_as("Task.scheduler"):
-            scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise TaskError(
-                "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
-                "optimizer step: use a schedule of the step number, such as OneCycleLR"
-            )
-        if not isinstance(scheduler, LRScheduler):
-            raise TaskError(
-                f"Task.scheduler returned {type(scheduler).__name__}: return a scheduler of "
-                "torch.optim.lr_scheduler"
-            )
-        return scheduler
+            made: Any = [self.scheduler(part) for part in optimizers.parts_of(optimizer)]
+        for scheduler in made:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise TaskError(
+                    "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
+                    "optimizer step: use a schedule of the step number, such as OneCycleLR"
+                )
+            if not isinstance(scheduler, LRScheduler):
+                raise TaskError(
+                    f"Task.scheduler returned {type(scheduler).__name__}: return a scheduler of "
+                    "torch.optim.lr_scheduler"
+                )
+        return made[0] if len(made) == 1 else optimizers.Schedules(made)
 
 
 _EXPECTED = {
@@ -282,22 +261,6 @@ _LEAST = {
     "batch_size": 1, "epochs": 1, "accumulate": 1, "seed": 0, "loader_workers": 0,
     "epoch_samples": 1,
 }  # fmt: skip
-
-
-def _argument(make: Callable[..., Any], model: nn.Module) -> Any:
-    """What a function that makes an optimizer is to be given, by the name of its argument."""
-    try:
-        names = [
-            name
-            for name, each in inspect.signature(make).parameters.items()
-            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # something built in, which does not say
-        names = []
-    first = names[0] if names else ""
-    if first == "model":
-        return model
-    return model.named_parameters() if first == "named_parameters" else model.parameters()
 
 
 @contextlib.contextmanager
