@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import wagontrain as wt
 from tests.gang import Gang
 from tests.problems import build
+from wagontrain import verify
+from wagontrain.folder import RunFolder
 from wagontrain.transport import Context
 
 
@@ -123,6 +126,54 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     assert done.summary["steps"] == 4 * again.steps_per_epoch
 
 
+def test_a_callback_more_or_less_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    losses = (1, 2, 2, 2, 2, 2)
+    first = task(Scripted(*losses), wt.EarlyStopping(patience=3), epochs=3)
+    wt.fit(first, "data-parallel", run_dir=tmp_path / "R", quiet=True)
+    again = task(Recorder(), Scripted(*losses), wt.EarlyStopping(patience=3))
+    done = wt.fit(again, "data-parallel", run_dir=tmp_path / "S", resume=tmp_path / "R", quiet=True)
+    assert done.summary["steps"] == 4 * again.steps_per_epoch
+
+
+def test_no_batch_is_read_after_the_end() -> None:
+    made = task(Recorder(stop_at=1))
+    with wt.Run(made, wt.make_strategy("data-parallel"), Context()) as run:
+        batches = run.training.epoch(0)
+        run.training.epoch = lambda *_: batches  # type: ignore[method-assign]
+        assert [run.step(batch).step for batch in run.batches()] == [0, 1]
+        assert next(batches).step == 2
+        run.close()
+
+
+class Meddling(wt.Callback):
+    """Changes the model on the second rank only."""
+
+    def on_start(self, run: wt.Run) -> None:
+        self.run = run
+
+    def on_validation(self, epoch: int, values: Any) -> None:
+        if self.run.context.world.rank == 1:
+            with torch.no_grad():
+                next(self.run.model.parameters()).add_(1e-3)
+
+
+def _meddled(context: Context, folder: Path) -> str:
+    made = task(Meddling(), epochs=1)
+    place = RunFolder.create(folder / "R", "fit") if context.world.rank == 0 else None
+    try:
+        with wt.Run(made, wt.make_strategy("data-parallel"), context, place) as run:
+            wt.trainer.train(run)
+    except wt.ReplicaError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_that_one_rank_has_changed_is_not_saved(gang: Gang, tmp_path: Path) -> None:
+    for message in gang.run(2, _meddled, tmp_path):
+        assert "of rank 1 is no longer that of rank 0" in message
+    assert not list(tmp_path.rglob("step-*"))
+
+
 def test_one_task_trained_twice_begins_anew(tmp_path: Path) -> None:
     made = task(Scripted(3, 2, 2, 2, 1, 0), wt.EarlyStopping(patience=2))
     steps = [
@@ -153,6 +204,15 @@ def test_a_callback_that_fails_is_named() -> None:
 def test_useless_callbacks_are_refused(callback: Any, changes: Any, words: str) -> None:
     with pytest.raises(wt.TaskError, match=words):
         dataclasses.replace(task(), callbacks=[callback], **changes)
+
+
+def test_callbacks_are_a_list() -> None:
+    with pytest.raises(wt.TaskError, match="Task.callbacks is EarlyStopping: give a list"):
+        dataclasses.replace(task(), callbacks=wt.EarlyStopping())
+
+
+def test_verification_calls_none() -> None:
+    assert verify.prepared(task(Recorder()), "float64")[0].callbacks == ()
 
 
 @pytest.mark.parametrize("strategy", ["parameter-server", "sandblaster"])

@@ -183,6 +183,34 @@ def test_a_stream_that_differs_between_ranks_is_noticed(gang: Gang) -> None:
         assert "the train data of rank 1 is not that of rank 0" in message
 
 
+class Wandering(Stream):
+    """Draws by a generator of its own, which nobody begins anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = random.Random(0)
+
+    def __iter__(self) -> Iterator[Any]:
+        order = list(range(SAMPLES))
+        self.numbers.shuffle(order)
+        return (self.data[index] for index in order)
+
+
+def test_a_stream_that_cannot_be_repeated_is_refused() -> None:
+    """Alike on all ranks, so that only a resumed run would see some samples twice."""
+    with pytest.raises(wt.TaskError, match="begins otherwise when it is read again"):
+        wt.Run(streamed(train=Wandering()), wt.make_strategy("data-parallel"), Context())
+
+
+def test_samples_of_a_stream_that_cannot_be_put_together_are_told() -> None:
+    def failing(samples: list[Any]) -> Any:
+        raise KeyError("no such column")
+
+    batches = Batches.of_training(streamed(collate=failing), CPU)
+    with pytest.raises(wt.ModelError, match="8 samples of the stream .*KeyError: 'no such column'"):
+        next(batches.epoch(0))
+
+
 def test_servers_refuse_a_stream(tmp_path: Path) -> None:
     with pytest.raises(wt.UsageError, match="a stream has none"):
         wt.fit(streamed(), ParameterServer(), run_dir=tmp_path / "R", quiet=True)
@@ -207,12 +235,32 @@ def test_a_loader_is_its_data_set_batch_size_and_order() -> None:
     assert other.steps_per_epoch == 4
 
 
+def _other_sampler_on_each_rank(context: Context) -> str:
+    weights = torch.arange(SAMPLES) % (2 + context.world.rank) + 0.1
+    made = dataclasses.replace(
+        build("padded-tokens"), sampler=WeightedRandomSampler(weights, SAMPLES)
+    )
+    try:
+        wt.Run(made, wt.make_strategy("data-parallel"), context)
+    except wt.TaskError as error:
+        return str(error)
+    return ""
+
+
+def test_an_order_that_differs_between_ranks_is_noticed(gang: Gang) -> None:
+    for message in gang.run(2, _other_sampler_on_each_rank):
+        assert "is not that of rank 0, or in another order" in message
+
+
 def test_a_loader_is_shared_out_over_ranks(gang: Gang) -> None:
     made = loading(sampler=WeightedRandomSampler(torch.rand(SAMPLES) + 0.1, 23))
     assert (made.samples, made.steps_per_epoch) == (23, 3)
     expected = plainly(made)
     for found in gang.run(2, trained, "data-parallel", made):
         assert same(found, expected)
+
+
+DATA = TensorDataset(torch.zeros(SAMPLES, 2))
 
 
 class Backwards(Sampler[int]):
@@ -255,14 +303,17 @@ def test_a_sampler_gives_the_order_of_every_epoch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "words"), [(Forgetful(), "another order when it is asked again"), (Short(), "3")]
+    ("sampler", "words"),
+    [
+        (Forgetful(), "another order when it is asked again"),
+        (RandomSampler(DATA, generator=torch.Generator()), "another order when it is asked again"),
+        (Short(), "3"),
+    ],
 )
 def test_a_sampler_that_cannot_be_repeated_is_refused(sampler: Any, words: str) -> None:
     with pytest.raises(wt.TaskError, match=words):
-        Batches.of_training(loading(sampler=sampler), CPU).order.epoch(0)
-
-
-DATA = TensorDataset(torch.zeros(SAMPLES, 2))
+        made = dataclasses.replace(build("padded-tokens"), sampler=sampler)
+        Batches.of_training(made, CPU).order.epoch(0)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +336,36 @@ def test_what_of_a_loader_cannot_be_honoured_is_refused(options: Any, words: str
         loading(**options)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "words"),
+    [
+        (DistributedSampler(DATA, 2, 0), "takes its share of each batch by itself"),
+        (BatchSampler(SequentialSampler(DATA), 4, False), "give a sampler of single samples"),
+        (iter([1]), "has no length"),
+    ],
+)
+def test_a_sampler_is_an_order_of_single_samples(sampler: Any, words: str) -> None:
+    with pytest.raises(wt.TaskError, match=words):
+        dataclasses.replace(build("padded-tokens"), sampler=sampler)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"drop_last": True}, "leave drop_last off"),
+        ({"sampler": RandomSampler(DATA, num_samples=3)}, "meant as a Subset"),
+        ({"sampler": RandomSampler(DATA, replacement=True)}, "meant as a Subset"),
+        ({"sampler": SubsetRandomSampler(range(3))}, "meant as a Subset"),
+    ],
+)
+def test_validation_measures_every_sample_or_refuses(options: Any, words: str) -> None:
+    task = build("padded-tokens")
+    with pytest.raises(wt.TaskError, match=words):
+        dataclasses.replace(task, validation=DataLoader(task.train, 4, **options))
+    shuffled = DataLoader(task.train, 4, shuffle=True)
+    assert dataclasses.replace(task, validation=shuffled).validation is task.train
+
+
 def test_a_loader_and_a_task_must_not_say_different_things() -> None:
     task = build("padded-tokens")
     with pytest.raises(wt.TaskError, match="Task.batch_size is 4, but the DataLoader's is 8"):
@@ -298,9 +379,9 @@ def test_a_loader_and_a_task_must_not_say_different_things() -> None:
         task, train=DataLoader(task.train, BATCH), validation=DataLoader(task.train, 3)
     )
     assert both.validation is task.train
-    with pytest.raises(wt.TaskError, match="give the samples that are meant as a Subset"):
-        some = DataLoader(task.train, sampler=SubsetRandomSampler(range(3)))
-        dataclasses.replace(task, validation=some)
+    with pytest.raises(wt.TaskError, match="the DataLoader has one, too"):
+        loader = DataLoader(task.train, BATCH)
+        dataclasses.replace(task, train=loader, sampler=SequentialSampler(DATA))
     with pytest.raises(wt.TaskError, match="Task.batch_size is 0"):
         dataclasses.replace(task, batch_size=0)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.commands import ROOT, python, wagontrain
+from wagontrain.events import read
 
 EXAMPLES = ROOT / "examples"
 
@@ -83,19 +84,22 @@ def test_linear_regression_shows_what_the_textbook_says(tmp_path: Path) -> None:
 
 
 @pytest.mark.whole
-def test_char_lm_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "strategy", "steps", "first", "last"),
+    [("char_lm", "auto", "30", 4, 3), ("hf_gpt2", "data-parallel", "20", 5, 3.8)],
+)
+def test_language_models_learn(
+    tmp_path: Path, name: str, strategy: str, steps: str, first: float, last: float
+) -> None:
     done = wagontrain(
-        "run", str(EXAMPLES / "char_lm.py"), "--workers", "2", "--steps", "30", "--run-dir", "R",
-        folder=tmp_path,
+        "run", str(EXAMPLES / f"{name}.py"), "--workers", "2", "--strategy", strategy,
+        "--steps", steps, "--run-dir", "R", folder=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    losses = [
-        event["loss"]
-        for line in (tmp_path / "R" / "events.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["kind"] == "step"
-    ]
-    assert losses[0] > 4
-    assert losses[-1] < 3
+    events = (event for event, _ in read(tmp_path / "R" / "events.jsonl"))
+    losses = [event["loss"] for event in events if event["kind"] == "step"]
+    assert losses[0] > first
+    assert losses[-1] < last
 
 
 def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
@@ -110,22 +114,6 @@ def test_char_lm_reads_the_bible_and_cannot_see_ahead(examples: Any) -> None:
     before, after = model(codes), model(changed)
     assert torch.allclose(before[:, :40], after[:, :40], atol=1e-5)
     assert not torch.allclose(before[:, 40:], after[:, 40:], atol=1e-5)
-
-
-@pytest.mark.whole
-def test_hf_gpt2_learns(tmp_path: Path) -> None:
-    done = wagontrain(
-        "run", str(EXAMPLES / "hf_gpt2.py"), "--workers", "2", "--strategy", "data-parallel",
-        "--steps", "20", "--run-dir", "R", folder=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    losses = [
-        event["loss"]
-        for line in (tmp_path / "R" / "events.jsonl").read_text().splitlines()
-        if (event := json.loads(line))["kind"] == "step"
-    ]
-    assert losses[0] > 5
-    assert losses[-1] < 3.8
 
 
 def test_hf_gpt2_guesses_every_byte_of_a_sentence_and_no_filling(examples: Any) -> None:

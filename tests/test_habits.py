@@ -20,6 +20,7 @@ import wagontrain as wt
 from tests.gang import Gang
 from tests.problems import BATCH, SAMPLES, build, classes, numbers
 from wagontrain import verify
+from wagontrain.building import require_same_groups
 from wagontrain.reference import Trace, train_plainly
 from wagontrain.transport import Context
 
@@ -140,6 +141,24 @@ def test_groups_by_sizes_are_refused_where_tensors_are_divided(gang: Gang) -> No
         assert passed(found, plainly(sized))
 
 
+def test_groups_of_equal_numbers_are_not_taken_for_the_same() -> None:
+    """Two layers that change places: as many parameters in each group, but others."""
+
+    def wide(model: nn.Module) -> torch.optim.Optimizer:
+        values = list(model.parameters())
+        return torch.optim.SGD(
+            [{"params": [v for v in values if (v.shape[0] > 2) is more]} for more in (True, False)],
+            lr=0.1,
+        )
+
+    made = task(model=lambda: nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)), optimizer=wide)
+    part = nn.Sequential(nn.Linear(5, 2), nn.Linear(2, 3))
+    whole = made.build_model()
+    require_same_groups(made, whole, made.build_optimizer(whole))
+    with pytest.raises(wt.TaskError, match="makes other groups of parameters here"):
+        require_same_groups(made, part, made.build_optimizer(part))
+
+
 def test_groups_survive_a_checkpoint_of_another_strategy(tmp_path: Path) -> None:
     whole = wt.fit(grouped, "data-parallel", run_dir=tmp_path / "W", quiet=True)
     wt.fit(
@@ -150,12 +169,6 @@ def test_groups_survive_a_checkpoint_of_another_strategy(tmp_path: Path) -> None
     )
     for name, value in whole.state_dict().items():
         assert torch.allclose(value, rest.state_dict()[name], atol=1e-6)
-
-
-def test_several_optimizers_are_refused_with_what_to_do() -> None:
-    made = task(optimizer=lambda parameters: [torch.optim.SGD(parameters, lr=0.1)])
-    with pytest.raises(wt.TaskError, match="give one with groups of parameters"):
-        made.build_optimizer(made.build_model())
 
 
 # --- several losses -----------------------------------------------------------------------------
@@ -319,7 +332,13 @@ def _compiled_in_place() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [_compiled, _compiled_in_place])
+def _compiled_inside() -> nn.Module:
+    model: Any = Net()
+    model.middle = torch.compile(model.middle, backend="eager")
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [_compiled, _compiled_in_place, _compiled_inside])
 def test_a_compiled_model_trains_under_its_own_names(gang: Gang, make: Any) -> None:
     compiled = partial(task, model=make)
     assert set(compiled().build_model().state_dict()) == set(Net().state_dict())
@@ -345,8 +364,9 @@ def test_what_was_compiled_is_what_is_called() -> None:
 def test_strategies_that_change_layers_refuse_a_compiled_model(
     gang: Gang, strategy: str, settings: dict[str, Any]
 ) -> None:
-    for message in gang.run(2, trained, strategy, settings, partial(task, model=_compiled)):
-        assert message.startswith("UsageError: the model is compiled (torch.compile)")
+    for model, what in ((_compiled, "the model"), (_compiled_inside, "module 'middle'")):
+        for message in gang.run(2, trained, strategy, settings, partial(task, model=model)):
+            assert message.startswith(f"UsageError: {what} is compiled (torch.compile)")
 
 
 @pytest.mark.filterwarnings("default")  # torch's own, of what it looks at while it compiles

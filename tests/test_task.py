@@ -76,7 +76,7 @@ def test_optimizers_and_schedulers_that_cannot_be_stepped_are_refused() -> None:
     model = task.build_model()
     with pytest.raises(TaskError, match="LBFGS evaluates the model several times"):
         dataclasses.replace(task, optimizer=torch.optim.LBFGS).build_optimizer(model)
-    with pytest.raises(TaskError, match="returned list"):
+    with pytest.raises(TaskError, match="returned a list with a Parameter"):
         dataclasses.replace(task, optimizer=list).build_optimizer(model)
     optimizer = task.build_optimizer(model)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau

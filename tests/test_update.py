@@ -16,13 +16,21 @@ import wagontrain as wt
 from tests.problems import numbers
 from wagontrain.objective import Update
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+
+def several(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    return [torch.optim.Muon(matrices, lr=0.1), torch.optim.AdamW(others, lr=0.01)]
+
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01),
     "adam": partial(torch.optim.Adam, lr=0.01),
     "adamw-foreach": partial(torch.optim.AdamW, lr=0.01, foreach=True),
     "adagrad": partial(torch.optim.Adagrad, lr=0.01),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
     "nadam": partial(torch.optim.NAdam, lr=0.01),
+    "several": several,
 }
 
 
@@ -68,6 +76,27 @@ class _Counting(torch.optim.SGD):
 def test_an_optimizer_of_ones_own_steps_once() -> None:
     updated(partial(_Counting, lr=0.1), parts=True)
     assert _Counting.steps == 4
+
+
+def test_one_of_ones_own_among_several_steps_once() -> None:
+    _Counting.steps = 0
+    last = partial(torch.optim.SGD, lr=0.1)
+    updated(
+        lambda model: [_Counting(model[0].parameters(), lr=0.1), last(model[2].parameters())], True
+    )
+    assert _Counting.steps == 4
+
+
+def test_a_hook_on_one_of_several_is_called_once_a_step() -> None:
+    calls: list[Any] = []
+
+    def hooked(model: nn.Module) -> list[torch.optim.Optimizer]:
+        made = several(model)
+        made[1].register_step_post_hook(lambda *told: calls.append(told))
+        return made
+
+    updated(hooked, parts=True)
+    assert len(calls) == 4
 
 
 def test_what_never_arrives_is_updated_last() -> None:

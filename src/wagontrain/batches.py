@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,14 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from wagontrain.errors import ModelError, TaskError
 from wagontrain.mesh import equal_shares, ranges, shares
+from wagontrain.seeding import seeded_numbers
 from wagontrain.streams import Stream
-from wagontrain.task import Task, describe, origin, place, seeded_numbers
-from wagontrain.transport import fingerprints
+from wagontrain.task import Task, describe, origin, place
 
 
 def mix(*parts: int | str) -> int:
@@ -225,7 +223,6 @@ class Batches:
         """Batches of a stream: all of it is read, and this rank's share kept."""
         reading = stream.begin(epoch, mix(self.order.seed, "stream", epoch))
         reading.skip(min(first_step * self.order.batch_size, self.order.samples))
-        collate = self.collate or default_collate
         for step in range(first_step, self.order.steps):
             began = time.perf_counter()
             positions = self.order.positions(step)
@@ -235,7 +232,7 @@ class Batches:
             pieces = self.cut.micro_batches(positions, self.pieces)
             micro_batches = tuple(
                 self._micro_batch(
-                    collate([samples[at - positions.start] for at in mine or piece[:1]]),
+                    self._collated([samples[at - positions.start] for at in mine or piece[:1]]),
                     len(mine),
                     len(piece),
                 )
@@ -245,6 +242,14 @@ class Batches:
                 epoch, epoch * self.order.steps + step, positions,
                 tuple(mine for _, mine in pieces), micro_batches, time.perf_counter() - began,
             )  # fmt: skip
+
+    def _collated(self, samples: list[Any]) -> Any:
+        try:
+            return (self.collate or default_collate)(samples)
+        except Exception as error:  # whatever the user's collate raises is theirs to read
+            raise ModelError(
+                f"{len(samples)} samples of the stream cannot be put together: {origin(error)}"
+            ) from error
 
     def part(self, epoch: int, step: int, positions: range, cut: Cut) -> Batch:
         """A share of some of an epoch's samples, whichever: for work that is handed out piece by
@@ -337,37 +342,6 @@ class Batches:
             # would shift the worker's own random numbers.
             generator=torch.Generator().manual_seed(self.order.seed),
         )
-
-
-def few_samples(batches: Batches) -> list[int]:
-    """The number of samples, and fingerprints of the first (twice), the middle and the last.
-
-    Of a stream its beginning, read twice. Ranks compare them: a data set that each has built or
-    split at random by itself would train on some samples twice and validate on others that were
-    trained on, and nobody would notice.
-    """
-    data = batches.dataset
-    prints = [batches.order.samples]
-    for sample in _some_of(data, batches.order):
-        for leaf in pytree.tree_leaves(sample):
-            tensor = leaf if isinstance(leaf, Tensor) else None
-            text = str(leaf).encode() if isinstance(leaf, int | float | str | np.ndarray) else b""
-            prints.append(fingerprints([tensor])[0] if tensor is not None else zlib.crc32(text))
-    return prints
-
-
-def _some_of(data: Dataset[Any] | Stream, order: Order) -> Iterator[Any]:
-    if isinstance(data, Stream):
-        for _ in range(2):
-            reading = data.begin(0, mix(order.seed, "stream", 0))
-            yield from reading.take(min(_FIRST, order.samples))
-        return
-    last = len(data) - 1  # type: ignore[arg-type]
-    for index in (0, 0, last // 2, last):
-        yield data[(0, index)] if isinstance(data, SeededDataset) else data[index]
-
-
-_FIRST = 3
 
 
 class _Parts:

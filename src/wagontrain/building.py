@@ -27,12 +27,10 @@ from wagontrain.batches import mix
 from wagontrain.compiling import is_compiled
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.layout import Layout, full_name, local
-from wagontrain.task import Task, seeded_numbers
+from wagontrain.optimizers import values_per_weight
+from wagontrain.seeding import seeded_numbers
+from wagontrain.task import Task
 from wagontrain.transport import Context
-
-# Values that an optimizer keeps for each weight; Adam keeps two.
-_STATE = {"SGD": 1, "Adagrad": 1, "RMSprop": 1}
-_STATE_OF_OTHERS = 2
 
 
 def skeleton(task: Task) -> nn.Module | None:
@@ -46,19 +44,11 @@ def skeleton(task: Task) -> nn.Module | None:
 
 def bytes_to_train(model: nn.Module, task: Task) -> int:
     """Bytes for weights, gradients and optimizer state of a whole copy; activations come on top."""
-    copies = 2 + state_of_optimizer(model, task)  # weights and gradients, too
+    copies = 2 + values_per_weight(task.build_optimizer(model))  # weights and gradients, too
     copies += task.ema is not None
     parameters = sum(value.nbytes for value in model.parameters() if value.requires_grad)
     others = sum(value.nbytes for value in model.parameters() if not value.requires_grad)
-    return copies * parameters + others + sum(value.nbytes for value in model.buffers())
-
-
-def state_of_optimizer(model: nn.Module, task: Task) -> int:
-    """Values that the task's optimizer keeps for each weight, by what it is."""
-    made = task.build_optimizer(model)
-    if type(made) is torch.optim.SGD and not made.defaults.get("momentum"):
-        return 0
-    return _STATE.get(type(made).__name__, _STATE_OF_OTHERS)
+    return round(copies * parameters) + others + sum(value.nbytes for value in model.buffers())
 
 
 def usable_bytes(device: torch.device) -> int | None:
@@ -295,23 +285,33 @@ def require_uncompiled_norms(model: nn.Module) -> None:
             )
 
 
-def require_same_groups(task: Task, optimizer: Optimizer) -> None:
+def require_same_groups(task: Task, model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse groups of parameters that come out otherwise where a rank has parts of tensors.
+
+    Args:
+        task: what is trained.
+        model: with this rank's parts, all under the names of the plain model.
+        optimizer: over its parameters.
 
     Raises:
         TaskError: they hang on the sizes of tensors.
     """
-    groups = optimizer.param_groups
-    plain = skeleton(task) if len(groups) > 1 else None
+    plain = skeleton(task) if len(optimizer.param_groups) > 1 else None
     if plain is None:
         return
-    expected = task.build_optimizer(plain, closures=True).param_groups
-    if [len(group["params"]) for group in groups] != [len(each["params"]) for each in expected]:
+    expected = task.build_optimizer(plain, closures=True)
+    if _members(model, optimizer) != _members(plain, expected):
         raise TaskError(
             "Task.optimizer makes other groups of parameters here than on one process, because "
             "it goes by their sizes, and a rank has parts of them: go by their names, or by their "
             "number of dims"
         )
+
+
+def _members(model: nn.Module, optimizer: Optimizer) -> list[set[str]]:
+    """Names of the parameters in each group."""
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
+    return [{names[value] for value in group["params"]} for group in optimizer.param_groups]
 
 
 def gigabytes(count: int) -> str:

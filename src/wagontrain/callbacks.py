@@ -120,12 +120,14 @@ class Callbacks:
     Args:
         each: the callbacks.
         context: this rank's place in the job.
+
+    `every_step` says whether one of them wants to be told of every step.
     """
 
     def __init__(self, each: Sequence[Callback], context: Context) -> None:
         self._each = list(each)
         self._context = context
-        self._every_step = any(type(one).on_step is not Callback.on_step for one in each)
+        self.every_step = any(type(one).on_step is not Callback.on_step for one in each)
 
     def start(self, run: Any) -> None:
         """Training is about to begin."""
@@ -133,8 +135,6 @@ class Callbacks:
 
     def step(self, report: StepReport) -> str:
         """A step was made; returns why to stop, if some rank wants to."""
-        if not self._every_step:
-            return ""
         wish = self._call("on_step", report)
         if not any(row[0] for row in self._context.gather([float(bool(wish))])):
             return ""
@@ -155,10 +155,12 @@ class Callbacks:
         return [{"kind": type(one).__name__, "state": one.state_dict()} for one in self._each]
 
     def restore(self, saved: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what a checkpoint holds, where it is of the same callbacks."""
-        if [each["kind"] for each in saved] == [type(one).__name__ for one in self._each]:
-            for one, each in zip(self._each, saved, strict=True):
-                one.load_state_dict(each["state"])
+        """Give each what a checkpoint holds of the first of its class that is left."""
+        left = [(each["kind"], each["state"]) for each in saved]
+        for one in self._each:
+            kinds = [kind for kind, _ in left]
+            if type(one).__name__ in kinds:
+                one.load_state_dict(left.pop(kinds.index(type(one).__name__))[1])
 
     def _agreed(self, wish: str) -> str:
         return next(filter(None, self._context.gather_text(wish)), "")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -98,9 +99,31 @@ def require_streamable(shuffle: bool, sampler: Any, loader_workers: int) -> None
         )
 
 
-def taken_apart(
-    train: Any, validation: Any, batch_size: int, collate: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def require_sampler(sampler: Any) -> None:
+    """Refuse what is no order of single samples of the whole data set.
+
+    Raises:
+        TaskError: says what it is instead.
+    """
+    kind = type(sampler).__name__
+    if not isinstance(sampler, Sized):
+        raise TaskError(
+            f"the sampler ({kind}) has no length: give a sampler of torch.utils.data, or one "
+            "with __len__"
+        )
+    if isinstance(sampler, DistributedSampler):
+        raise TaskError(
+            f"the sampler is a {kind}: every worker takes its share of each batch by itself here; "
+            "give shuffle=True or another sampler instead"
+        )
+    if isinstance(sampler, BatchSampler):
+        raise TaskError(
+            f"the sampler is a {kind}, which gives batches: which samples make a global batch "
+            "follows from Task.batch_size; give a sampler of single samples"
+        )
+
+
+def taken_apart(train: Any, validation: Any, batch_size: int, collate: Any) -> dict[str, Any]:
     """The fields of a task that DataLoaders given as its data stand for.
 
     Args:
@@ -112,14 +135,10 @@ def taken_apart(
     Raises:
         TaskError: something of a loader cannot be honoured; says what and why.
     """
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {}
-    if isinstance(train, DataLoader):
-        first = of_loader(train, batch_size, collate)
+    fields = of_loader(train, batch_size, collate) if isinstance(train, DataLoader) else {}
     if isinstance(validation, DataLoader):
-        own = first.get("collate", collate)
-        second["validation"] = of_validation_loader(validation, own)
-    return first, second
+        fields["validation"] = of_validation_loader(validation, fields.get("collate", collate))
+    return fields
 
 
 def of_loader(loader: DataLoader[Any], batch_size: int, collate: Any) -> dict[str, Any]:
@@ -139,11 +158,6 @@ def of_loader(loader: DataLoader[Any], batch_size: int, collate: Any) -> dict[st
             f"Task.batch_size is {batch_size}, but the DataLoader's is {loader.batch_size}: leave "
             "one out; it is the global batch, over all workers"
         )
-    if loader.drop_last:
-        raise TaskError(
-            "Task.train is a DataLoader with drop_last=True: here the last, smaller batch counts "
-            "as what it is, and no sample is left out; leave drop_last off"
-        )
     if collate is not None:
         raise TaskError("Task.collate and the DataLoader's collate_fn were both given: leave one")
     fields = {
@@ -155,21 +169,15 @@ def of_loader(loader: DataLoader[Any], batch_size: int, collate: Any) -> dict[st
     }
     if is_stream(loader.dataset):
         return fields
-    sampler: Any = loader.sampler
-    if isinstance(sampler, DistributedSampler):
-        raise TaskError(
-            "Task.train is a DataLoader with a DistributedSampler: every worker takes its share "
-            "of each batch by itself here; give shuffle=True or another sampler instead"
-        )
-    if getattr(sampler, "generator", None) is not None:
+    require_sampler(loader.sampler)
+    if getattr(loader.sampler, "generator", None) is not None:
         raise TaskError(
             "Task.train is a DataLoader with a generator of its own: the order of samples follows "
             "from Task.seed, so that a run can be resumed anywhere; leave the generator out"
         )
-    if type(sampler) is RandomSampler and not sampler.replacement:
-        fields["shuffle"] = sampler.num_samples == length(loader.dataset, "train")
-    if not fields["shuffle"] and type(sampler) is not SequentialSampler:
-        fields["sampler"] = sampler
+    fields["shuffle"] = _shuffles(loader, "train")
+    if not fields["shuffle"] and type(loader.sampler) is not SequentialSampler:
+        fields["sampler"] = loader.sampler
     return fields
 
 
@@ -180,7 +188,7 @@ def of_validation_loader(loader: DataLoader[Any], collate: Any) -> Any:
         TaskError: something of the loader cannot be honoured.
     """
     _require_plain(loader, "validation")
-    if type(loader.sampler) not in (RandomSampler, SequentialSampler):
+    if type(loader.sampler) is not SequentialSampler and not _shuffles(loader, "validation"):
         raise TaskError(
             f"Task.validation is a DataLoader with a {type(loader.sampler).__name__}: every sample "
             "is measured once, on some worker; give the samples that are meant as a Subset"
@@ -198,6 +206,13 @@ def collation(loader: DataLoader[Any]) -> Any:
     return None if loader.collate_fn is default_collate else loader.collate_fn
 
 
+def _shuffles(loader: DataLoader[Any], name: str) -> bool:
+    """Whether a loader takes every sample once, in any order."""
+    sampler: Any = loader.sampler
+    once = type(sampler) is RandomSampler and not sampler.replacement
+    return once and sampler.num_samples == length(loader.dataset, name)
+
+
 def _require_plain(loader: DataLoader[Any], name: str) -> None:
     if loader.batch_size is None or loader.collate_fn is default_convert:
         raise TaskError(
@@ -209,6 +224,11 @@ def _require_plain(loader: DataLoader[Any], name: str) -> None:
             )
             + ": which samples make a global batch follows from Task.batch_size; give batch_size, "
             "and a sampler where the order is special"
+        )
+    if loader.drop_last:
+        raise TaskError(
+            f"Task.{name} is a DataLoader with drop_last=True: here the last, smaller batch counts "
+            "as what it is, and no sample is left out; leave drop_last off"
         )
     if loader.worker_init_fn is not None:
         raise TaskError(

@@ -6,10 +6,15 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from wagontrain.batches import Batches, few_samples
+import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from wagontrain.batches import Batches, Order, SampledOrder, SeededDataset, mix
 from wagontrain.errors import TaskError, UsageError
+from wagontrain.streams import Stream
 from wagontrain.task import Task
-from wagontrain.transport import Context
+from wagontrain.transport import Context, fingerprints
 
 
 def require_same_data(context: Context, sets: Mapping[str, Batches | None]) -> None:
@@ -26,10 +31,56 @@ def require_same_data(context: Context, sets: Mapping[str, Batches | None]) -> N
         for rank, row in enumerate(rows):
             if row != rows[0]:
                 raise TaskError(
-                    f"the {name} data of rank {rank} is not that of rank 0: it was made or "
-                    "split at random; build it inside the task function, or give "
-                    "random_split a generator with a fixed seed"
+                    f"the {name} data of rank {rank} is not that of rank 0, or in another order: "
+                    "it was made, split or sampled at random; build it inside the task function, "
+                    "or give random_split a generator with a fixed seed"
                 )
+
+
+def few_samples(batches: Batches) -> list[int]:
+    """The number of samples, and fingerprints of the first (twice), the middle and the last.
+
+    Of a stream its beginning, of a sampler's order all. Ranks compare them: a data set that each
+    has built or split at random by itself would train on some samples twice and validate on others
+    that were trained on, and nobody would notice.
+
+    Raises:
+        TaskError: a stream begins otherwise when it is read again.
+    """
+    data, order = batches.dataset, batches.order
+    if isinstance(data, Stream):
+        first, again = (_prints(_beginning(data, order)) for _ in range(2))
+        if first != again:
+            raise TaskError(
+                f"Task.train ({type(data.dataset).__name__}) is a stream that begins otherwise "
+                "when it is read again, so that no run could be resumed: have __iter__ begin anew, "
+                "and draw by the random numbers of torch, Python or NumPy themselves, which are "
+                "seeded for every epoch"
+            )
+        return [order.samples, *first]
+    last = len(data) - 1  # type: ignore[arg-type]
+    some = [
+        data[(0, index)] if isinstance(data, SeededDataset) else data[index]
+        for index in (0, 0, last // 2, last)
+    ]
+    visited = fingerprints([order.epoch(0)]) if isinstance(order, SampledOrder) else []
+    return [order.samples, *_prints(some), *visited]
+
+
+def _beginning(data: Stream, order: Order) -> list[Any]:
+    return data.begin(0, mix(order.seed, "stream", 0)).take(min(_FIRST, order.samples))
+
+
+_FIRST = 3
+
+
+def _prints(samples: list[Any]) -> list[int]:
+    found = []
+    for leaf in pytree.tree_leaves(samples):
+        tensor = leaf if isinstance(leaf, Tensor) else None
+        text = str(leaf).encode() if isinstance(leaf, int | float | str | np.ndarray) else b""
+        found.append(fingerprints([tensor])[0] if tensor is not None else zlib.crc32(text))
+    return found
 
 
 def order_of(task: Task) -> dict[str, Any]:

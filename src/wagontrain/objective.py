@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from wagontrain.batches import Batch, Cut, MicroBatch
 from wagontrain.errors import LossError, ModelError, TaskError, WagontrainError
 from wagontrain.layout import local
+from wagontrain.optimizers import (
+    is_hooked,
+    require_elementwise,
+    treats_parameters_by_themselves,
+)
 from wagontrain.outputs import leaves_out, loss_of_output
 from wagontrain.task import Task, call_model, describe, origin
 from wagontrain.watch import lost_peer
@@ -52,8 +56,8 @@ class Update:
             require_elementwise(self.optimizer)
         self.parameters = [value for value in model.parameters() if value.requires_grad]
         # Others may look at several parameters at once, or count their steps by themselves.
-        own = type(self.optimizer).__module__.startswith("torch.optim.")
-        self.in_parts = own and self.clip is None and not _hooked(self.optimizer)
+        own = treats_parameters_by_themselves(self.optimizer)
+        self.in_parts = own and self.clip is None and not is_hooked(self.optimizer)
 
     def begin(self) -> None:
         """Clear the gradients of the step before, or those that a model brought along.
@@ -302,34 +306,6 @@ class Objective:
                 "return the mean over them, or one number for each"
             )
         return float(value.mean())
-
-
-ELEMENTWISE = (
-    "SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD",
-    "Rprop",
-)  # fmt: skip
-"""Optimizers of torch that treat every number of a tensor by itself."""
-
-
-def require_elementwise(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that looks at a tensor as a whole, of which a rank has only a part.
-
-    Raises:
-        TaskError: it is not known to treat every number by itself.
-    """
-    kind = type(optimizer)
-    if not kind.__module__.startswith("torch.optim.") or kind.__name__ not in ELEMENTWISE:
-        raise TaskError(
-            f"optimizer {kind.__name__} is not known to treat every number of a tensor by itself, "
-            f"and here no rank holds whole tensors: use one of {', '.join(ELEMENTWISE)}, or the "
-            "strategy data-parallel"
-        )
-
-
-def _hooked(optimizer: Optimizer) -> bool:
-    """Whether somebody asked to be called at every step of the optimizer."""
-    names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-    return any(getattr(optimizer, name, None) for name in names)
 
 
 def nothing(output: Any) -> Tensor:

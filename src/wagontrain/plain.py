@@ -53,8 +53,8 @@ def _out(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     raise UsageError(
-        f"the state of optimizer or scheduler holds a {type(value).__name__}, which is no plain "
-        "data and cannot be kept in a checkpoint: keep numbers, text, lists and dicts"
+        f"the state of optimizer, scheduler or callback holds a {type(value).__name__}, which is "
+        "no plain data and cannot be kept in a checkpoint: keep numbers, text, lists and dicts"
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from wagontrain.layout import Layout, local
 from wagontrain.state import Held, Source
@@ -30,9 +31,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], decay: float) -> None:
-        self.decay = decay
-        self._weights = dict(trainable(model))
-        self._averages = {value: local(value).detach().clone() for value in self._weights.values()}
+        self._move = get_ema_multi_avg_fn(decay)
+        self._averages = {value: local(value).detach().clone() for _, value in trainable(model)}
         self._names = {
             name: value
             for name, value in model.named_parameters(remove_duplicate=False)
@@ -42,9 +42,9 @@ class WeightAverage:
 
     def update(self) -> None:
         """Take the weights of one more step."""
-        with torch.no_grad():
-            for value, average in self._averages.items():
-                average.lerp_(local(value), 1 - self.decay)
+        if self._averages:
+            here = [local(value) for value in self._averages]
+            self._move(list(self._averages.values()), here, 0)
 
     def begin_anew(self) -> None:
         """From the weights as they are now."""

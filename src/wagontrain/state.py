@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from wagontrain import plain
 from wagontrain.errors import UsageError, nearest
 from wagontrain.layout import Layout, as_part_of, local
+from wagontrain.optimizers import kind_of
 from wagontrain.transport import Context
 
 
@@ -152,8 +153,8 @@ class Training:
             ) from error
 
     def _kinds(self) -> dict[str, str | None]:
-        scheduler = None if self.scheduler is None else type(self.scheduler).__name__
-        return {"optimizer": type(self.optimizer).__name__, "scheduler": scheduler}
+        scheduler = None if self.scheduler is None else kind_of(self.scheduler)
+        return {"optimizer": kind_of(self.optimizer), "scheduler": scheduler}
 
     def _names(self) -> dict[Tensor, str]:
         return {value: name for name, value in self.model.named_parameters()}

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import torch
-
 from wagontrain.errors import ModelError, WagontrainError
-from wagontrain.task import origin, seeded_numbers
+from wagontrain.seeding import random_states, seeded_numbers, set_random_states
+from wagontrain.task import origin
 
 
 class Stream:
@@ -51,7 +48,7 @@ class Reading:
         self.epoch = epoch
         self.read = 0
         with seeded_numbers(seed):
-            self._states = _states()
+            self._states = random_states()
         with self._draws():
             self._samples: Iterator[Any] = iter(dataset)
 
@@ -93,8 +90,8 @@ class Reading:
     @contextlib.contextmanager
     def _draws(self) -> Iterator[None]:
         """Within, random numbers are the stream's own; the model's are left alone."""
-        before = _states()
-        _set(self._states)
+        before = random_states()
+        set_random_states(self._states)
         try:
             yield
         except Exception as error:  # whatever the user's stream raises is theirs to read
@@ -105,18 +102,8 @@ class Reading:
                 f"{origin(error)}"
             ) from error
         finally:
-            self._states = _states()
-            _set(before)
+            self._states = random_states()
+            set_random_states(before)
 
 
 _AT_A_TIME = 256
-
-
-def _states() -> tuple[Any, Any, Any]:
-    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-
-
-def _set(states: tuple[Any, Any, Any]) -> None:
-    torch.default_generator.set_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])

@@ -72,7 +72,7 @@ class Synchronous(Runner):
         }
         divided = any(layout.dim is not None for layout in self.layouts.values())
         self.update = Update(task, model, self._norm if divided else None)
-        require_same_groups(task, self.update.optimizer)
+        require_same_groups(task, model, self.update.optimizer)
         self._average: WeightAverage | None = None
         self.objective = Objective(task, world.device)
         # Ranks that see the same samples have the same loss: the first of them tells it.

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import inspect
-import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
@@ -22,9 +19,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from wagontrain import data
+from wagontrain import data, optimizers
 from wagontrain.compiling import compiled_in_place
 from wagontrain.errors import TaskError, UsageError, WagontrainError, nearest
+from wagontrain.seeding import seeded_numbers
 
 Precision = Literal["float32", "bfloat16"]
 Measure = Callable[[Any, Any], Any]
@@ -40,7 +38,7 @@ class Task:
         loss: `(output, target) -> scalar tensor`, the **mean** over the samples given.
         optimizer: `parameters -> torch.optim.Optimizer`, for instance a `functools.partial`. A
             function whose first argument is called `model` or `named_parameters` gets that, to
-            make groups of parameters.
+            make groups of parameters. A list of optimizers is stepped one after the other.
         train: map-style dataset of `(input, target)`; an input is a tensor, a tuple
             (`model(*input)`) or a dict (`model(**input)`). A sample that is one dict is both.
             Also an `IterableDataset`, or a `DataLoader`, which is taken apart.
@@ -51,7 +49,8 @@ class Task:
             or a DataLoader of one.
         metrics: name -> `(output, target) -> mean over the samples given`, for validation.
         seed: fixes initial weights and the order of samples.
-        scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step.
+        scheduler: `optimizer -> LRScheduler`, stepped once per optimizer step; of several
+            optimizers each gets one.
         clip_grad_norm: largest 2-norm of the whole gradient; larger ones are scaled down to it.
         precision: "bfloat16" runs forward and loss under `torch.autocast`.
         accumulate: number of micro-batches that a global batch is cut into, one after the other.
@@ -74,7 +73,7 @@ class Task:
 
     model: Callable[[], nn.Module]
     loss: Measure
-    optimizer: Callable[..., Optimizer]
+    optimizer: Callable[..., Optimizer | Sequence[Optimizer]]
     train: Dataset[Any] | DataLoader[Any]
     batch_size: int = 0
     epochs: int = 1
@@ -113,8 +112,8 @@ class Task:
                 "Task.loss is a module with parameters of its own, which would not be trained on "
                 "all workers: make it part of the model, and let the model return what it needs"
             )
-        if self.sampler is not None and not isinstance(self.sampler, Sized):
-            raise TaskError("Task.sampler has no length: give a sampler of torch.utils.data")
+        if self.sampler is not None:
+            data.require_sampler(self.sampler)
         if self.is_stream:
             data.require_streamable(self.shuffle, self.sampler, self.loader_workers)
         if self.validation is not None:
@@ -150,6 +149,10 @@ class Task:
             )
         if "loss" in self.metrics:
             raise TaskError("Task.metrics has an entry 'loss', which is reported anyway: rename it")
+        if not isinstance(self.callbacks, Sequence):
+            raise TaskError(
+                f"Task.callbacks is {type(self.callbacks).__name__}: give a list of callbacks"
+            )
         for callback in self.callbacks:
             if not hasattr(callback, "check") or isinstance(callback, type):
                 raise TaskError(
@@ -160,10 +163,10 @@ class Task:
 
     def _take_loaders_apart(self) -> None:
         """Put what DataLoaders of one's own say into this task's fields."""
-        train, validation = data.taken_apart(
-            self.train, self.validation, self.batch_size, self.collate
-        )
-        for name, value in (train | validation).items():
+        if isinstance(self.train, DataLoader) and self.sampler is not None:
+            raise TaskError("Task.sampler was given, and the DataLoader has one, too: leave one")
+        fields = data.taken_apart(self.train, self.validation, self.batch_size, self.collate)
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -207,44 +210,22 @@ class Task:
         return model
 
     def build_optimizer(self, model: nn.Module, closures: bool = False) -> Optimizer:
-        """Build the optimizer over the model's parameters.
+        """Build the optimizer over the model's parameters; several are one, see `optimizers`.
 
         Args:
             model: whose parameters.
             closures: whether it may be one that evaluates the model by itself: LBFGS.
 
         Raises:
-            TaskError: it is not an optimizer, or one that calls the model by itself.
+            TaskError: it is not an optimizer, one that calls the model by itself, or several
+                with a parameter in common.
         """
         with _named_as("Task.optimizer"):
-            optimizer: Any = self.optimizer(_argument(self.optimizer, model))
-        if isinstance(optimizer, list | tuple) and isinstance(optimizer[0], Optimizer):
-            raise TaskError(
-                "Task.optimizer returned several optimizers: give one with groups of parameters, "
-                "each with settings of its own (see docs/task.md)"
-            )
-        if not isinstance(optimizer, Optimizer):
-            raise TaskError(
-                f"Task.optimizer returned {type(optimizer).__name__}: return a torch.optim "
-                "optimizer, for instance partial(torch.optim.SGD, lr=0.1)"
-            )
-        if isinstance(optimizer, torch.optim.LBFGS) and not closures:
-            raise TaskError(
-                "torch.optim.LBFGS evaluates the model several times per step, which only the "
-                "strategy sandblaster does: use that, or a first-order optimizer such as SGD or "
-                "Adam"
-            )
-        own = {id(parameter) for parameter in model.parameters()}
-        held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if any(id(parameter) not in own for parameter in held):
-            raise TaskError(
-                "Task.optimizer holds parameters that are not the model's, which would be "
-                "trained on each worker by itself: make them part of the model"
-            )
-        return optimizer
+            made: Any = self.optimizer(optimizers.argument(self.optimizer, model))
+        return optimizers.as_one(made, model, closures)
 
     def build_scheduler(self, optimizer: Optimizer) -> LRScheduler | None:
-        """Build the learning-rate scheduler, if the task has one.
+        """Build the learning-rate scheduler, if the task has one; of several optimizers for each.
 
         Raises:
             TaskError: it needs a metric to step, as ReduceLROnPlateau does.
@@ -252,18 +233,19 @@ class Task:
         if self.scheduler is None:
             return None
         with _named_as("Task.scheduler"):
-            scheduler = self.scheduler(optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise TaskError(
-                "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
-                "optimizer step: use a schedule of the step number, such as OneCycleLR"
-            )
-        if not isinstance(scheduler, LRScheduler):
-            raise TaskError(
-                f"Task.scheduler returned {type(scheduler).__name__}: return a scheduler of "
-                "torch.optim.lr_scheduler"
-            )
-        return scheduler
+            made: Any = [self.scheduler(part) for part in optimizers.parts_of(optimizer)]
+        for scheduler in made:
+            if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                raise TaskError(
+                    "ReduceLROnPlateau steps on a metric, but schedulers are stepped once per "
+                    "optimizer step: use a schedule of the step number, such as OneCycleLR"
+                )
+            if not isinstance(scheduler, LRScheduler):
+                raise TaskError(
+                    f"Task.scheduler returned {type(scheduler).__name__}: return a scheduler of "
+                    "torch.optim.lr_scheduler"
+                )
+        return made[0] if len(made) == 1 else optimizers.Schedules(made)
 
 
 _EXPECTED = {
@@ -279,22 +261,6 @@ _LEAST = {
     "batch_size": 1, "epochs": 1, "accumulate": 1, "seed": 0, "loader_workers": 0,
     "epoch_samples": 1,
 }  # fmt: skip
-
-
-def _argument(make: Callable[..., Any], model: nn.Module) -> Any:
-    """What a function that makes an optimizer is to be given, by the name of its argument."""
-    try:
-        names = [
-            name
-            for name, each in inspect.signature(make).parameters.items()
-            if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
-        ]
-    except (TypeError, ValueError):  # something built in, which does not say
-        names = []
-    first = names[0] if names else ""
-    if first == "model":
-        return model
-    return model.named_parameters() if first == "named_parameters" else model.parameters()
 
 
 @contextlib.contextmanager
@@ -341,21 +307,6 @@ def describe(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "(" + ", ".join(describe(item) for item in value) + ")"
     return type(value).__name__
-
-
-@contextlib.contextmanager
-def seeded_numbers(seed: int) -> Iterator[None]:
-    """Within, torch's, Python's and NumPy's random numbers begin at `seed`; then as before."""
-    before = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before[0])
-        random.setstate(before[1])
-        np.random.set_state(before[2])
 
 
 TaskSource = Task | Callable[[], Task]

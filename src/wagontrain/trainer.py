@@ -154,12 +154,12 @@ class Run:
         start = epoch * self.task.steps_per_epoch
         loaded = self.training.epoch(epoch, max(0, self.step_count - start))
         self._epoch_loss = _Mean()
-        while True:
+        while not self.stopped:
             began = time.perf_counter()
             with self.context.watch.doing(f"reading the data of step {self.step_count}"):
                 batch = next(loaded, None)
             self._data_seconds = time.perf_counter() - began
-            if batch is None or batch.step >= self.steps or self.stopped:
+            if batch is None or batch.step >= self.steps:
                 return
             yield batch
 
@@ -195,13 +195,13 @@ class Run:
             self._note_times(report.before, report.step - 1)
         if self.step_count == self.first_step + 1:
             self._compare_replicas()
-        self._stop(self.callbacks.step(report))
+        if self.callbacks.every_step:
+            self._stop(self.callbacks.step(report))
         return report
 
     def _stop(self, reason: str) -> None:
         """End training after this step, if there is a reason; all ranks have the same."""
-        if self.task.callbacks:
-            self.context.sent.lap()  # not what a step sends
+        self.context.sent.lap()  # what was agreed on is not what a step sends
         if reason and not self.stopped:
             self.stopped = reason
             self._events.send("stopped", step=self.step_count, reason=reason)
@@ -237,13 +237,8 @@ class Run:
         with self.context.watch.doing("in validation"), self.runner.averaged():
             self.values = self._measure(self.validation)
         self.context.sent.lap()  # not what a step sends
-        self._events.send(
-            "validation",
-            epoch=max(0, self.step_count - 1) // self.task.steps_per_epoch,
-            step=self.step_count,
-            values=self.values,
-        )
         epoch = max(0, self.step_count - 1) // self.task.steps_per_epoch
+        self._events.send("validation", epoch=epoch, step=self.step_count, values=self.values)
         self._stop(self.callbacks.validation(epoch, self.values))
         return self.values
 

@@ -345,6 +345,7 @@ def prepared(task: Task, dtype: str) -> tuple[Task, bool]:
         model=model,
         collate=collate,
         precision="bfloat16" if dtype == "bfloat16" else "float32",
+        callbacks=(),  # what they write or stop is for training
     )
     changed.build_model()
     return changed, had_dropout[0]

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from wagontrain.batches import MicroBatch
-from wagontrain.building import skeleton, state_of_optimizer, taken_bytes
+from wagontrain.building import skeleton, taken_bytes
 from wagontrain.errors import TaskError, UsageError
 from wagontrain.objective import Objective
+from wagontrain.optimizers import values_per_weight
 from wagontrain.planner.facts import layers_of
 from wagontrain.planner.profiling import fingerprint
 from wagontrain.profile import Layer, Line, Profile
@@ -78,7 +79,7 @@ def on_paper(task: Task, machine: Machine) -> Profile:
     # Autocast does not know the meta device.
     objective = Objective(dataclasses.replace(task, precision="float32"), _META)
     layers = layers_of(model, objective, _on_meta(micro))
-    state = state_of_optimizer(model, task)
+    state = values_per_weight(task.build_optimizer(model))
     piece = -(-task.batch_size // task.accumulate)
     return Profile(
         model=fingerprint(task, model),
@@ -87,7 +88,7 @@ def on_paper(task: Task, machine: Machine) -> Profile:
         layers=timed(layers, machine, piece),
         # The weight, its gradient and its state are read; the weight and its state are written.
         update=Line(machine.call, (3 + 2 * state) / (machine.bandwidth * 1e9)),
-        optimizer=float(state),
+        optimizer=state,
         buffers=sum(value.nbytes for value in model.buffers()),
         sample=sample,
         base=taken_bytes() if machine.device == "cpu" else 0,

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from wagontrain.batches import MicroBatch
 from wagontrain.building import forget_peak, resident_bytes
 from wagontrain.objective import Objective, Update
+from wagontrain.optimizers import kind_of
 from wagontrain.planner.facts import is_layer, layers_of
 from wagontrain.profile import Layer, Line, Profile
 from wagontrain.task import Task, trainable
@@ -45,7 +46,7 @@ def fingerprint(task: Task, model: nn.Module) -> str:
         [name, list(value.shape), str(value.dtype)] for name, value in model.state_dict().items()
     ]
     sources = sorted({_source(type(module)) for module in model.modules()})
-    optimizer = type(task.build_optimizer(model)).__name__
+    optimizer = kind_of(task.build_optimizer(model))
     told = [tensors, task.batch_size, task.accumulate, task.precision, str(model), sources]
     return hashlib.sha256(json.dumps([*told, optimizer]).encode()).hexdigest()[:16]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wagontrain.errors import UsageError
 from wagontrain.layout import Layout
-from wagontrain.objective import require_elementwise
+from wagontrain.optimizers import kind_of, parts_of, require_elementwise
 from wagontrain.servers import placing
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.job import Job
@@ -37,7 +37,7 @@ class Image:
 
     Raises:
         TaskError: the optimizer looks at whole tensors, or a tensor is no plain one.
-        UsageError: a table cannot be on the servers.
+        UsageError: the task has several optimizers, or a table cannot be on the servers.
     """
 
     def __init__(self, task: Task, shards: int, rule: str, tables: str = "") -> None:
@@ -45,6 +45,12 @@ class Image:
         self.model = placed.model
         self.optimizer = task.build_optimizer(self.model, closures=rule == VECTORS)
         self.scheduler = task.build_scheduler(self.optimizer)
+        if len(parts_of(self.optimizer)) > 1:
+            raise UsageError(
+                f"the task has several optimizers ({kind_of(self.optimizer)}), but servers have "
+                "one: give one with groups of parameters, or use a strategy whose workers have "
+                "their own optimizers, such as data-parallel, sharded or local-sgd"
+            )
         if rule != VECTORS:
             require_elementwise(self.optimizer)
         found = placed.tables(self.optimizer)

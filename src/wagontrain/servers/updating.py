@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wagontrain.errors import UsageError
-from wagontrain.objective import ELEMENTWISE
+from wagontrain.optimizers import ELEMENTWISE
 from wagontrain.servers import rules
 from wagontrain.servers.rules import RULES, State
 

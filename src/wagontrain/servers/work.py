@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wagontrain.batches import Batch, Batches, Cut, few_samples, mix
+from wagontrain.batches import Batch, Batches, Cut, mix
 from wagontrain.building import require_uncompiled, skeleton
 from wagontrain.errors import LossError
+from wagontrain.identity import few_samples
 from wagontrain.objective import Objective, nothing
 from wagontrain.servers import placing, remote
 from wagontrain.servers.client import Client

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wagontrain.errors import TaskError
+from wagontrain.optimizers import kind_of, treats_parameters_by_themselves
 
 
 def give_memory(model: nn.Module, names: set[str], device: torch.device) -> None:
@@ -35,9 +36,9 @@ def let_go(model: nn.Module, optimizer: Optimizer, names: set[str]) -> None:
     Raises:
         TaskError: it is not known to treat every parameter by itself.
     """
-    if not type(optimizer).__module__.startswith("torch.optim."):
+    if not treats_parameters_by_themselves(optimizer):
         raise TaskError(
-            f"optimizer {type(optimizer).__name__} is not known to treat every parameter by "
+            f"optimizer {kind_of(optimizer)} is not known to treat every parameter by "
             "itself, and here no rank has all of them: use one of torch.optim, or the strategy "
             "data-parallel"
         )
