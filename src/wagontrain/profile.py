@@ -147,6 +147,16 @@ class Profile:
         """Of all trainable weights."""
         return sum(layer.nbytes for layer in self.layers)
 
+    @property
+    def piece(self) -> int:
+        """Samples of a micro-batch, over all workers."""
+        return -(-self.batch_size // self.accumulate)
+
+    @property
+    def across_samples(self) -> bool:
+        """Whether a layer looks across samples: who has some of them does not compute the same."""
+        return any("BatchNorm" in layer.kind for layer in self.layers)
+
     def to_json(self) -> str:
         """As text."""
         return json.dumps({"format": FORMAT, **asdict(self)})
