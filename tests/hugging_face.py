@@ -65,12 +65,12 @@ def gpt2() -> wt.Task:
     return _task(_gpt2, sentences(), weight=partial(wt.count_labels, shifted=True))
 
 
-def _bert() -> nn.Module:
+def _bert(width: int = 16) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     return BertForMaskedLM(
         BertConfig(
-            vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=WORDS, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=24, max_position_embeddings=LENGTH,
         )
     )  # fmt: skip
@@ -80,12 +80,12 @@ def bert() -> wt.Task:
     return _task(_bert, sentences(0.4), weight=wt.count_labels)
 
 
-def _vit() -> nn.Module:
+def _vit(width: int = 16) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     return ViTForImageClassification(
         ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+            hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
             image_size=8, patch_size=4, num_channels=2, num_labels=CLASSES,
         )
     )  # fmt: skip
@@ -96,12 +96,12 @@ def vit() -> wt.Task:
     return _task(_vit, images)
 
 
-def _llama(**changes: Any) -> nn.Module:
+def _llama(width: int = 16, **changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=WORDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=WORDS, hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, intermediate_size=24, max_position_embeddings=LENGTH,
             **changes,
         )
@@ -121,6 +121,14 @@ def untied_gpt2() -> wt.Task:
 def llama_without_cache() -> wt.Task:
     return replace(llama(), model=partial(_llama, use_cache=False))
 
+
+WIDE: dict[str, Callable[[], wt.Task]] = {
+    "gpt2": lambda: replace(gpt2(), model=partial(_gpt2, n_embd=64)),
+    "bert": lambda: replace(bert(), model=partial(_bert, 64)),
+    "vit": lambda: replace(vit(), model=partial(_vit, 64)),
+    "llama": lambda: replace(llama(), model=partial(_llama, 64)),
+}
+"""Where activations are more than the headers of messages."""
 
 MODELS: dict[str, Callable[[], wt.Task]] = {
     function.__name__: function

@@ -155,3 +155,32 @@ def test_a_host_that_drops_out_of_a_probe_is_named(hosts: Nursery, tmp_path: Pat
         assert "measuring the cluster" in said
         assert "Traceback" not in said
     assert time.monotonic() - began < PATIENCE + 12
+
+
+AUTO = ("run", "job.py:watched", "--run-dir", "R", "--patience", str(PATIENCE))
+
+
+@pytest.mark.parametrize(
+    "phase",
+    [
+        "measuring the task",
+        pytest.param("measuring the cluster", marks=WHOLE),
+        pytest.param("weighing the strategies", marks=WHOLE),
+        pytest.param("in step 1 of a trial", marks=WHOLE),
+    ],
+)
+def test_a_host_lost_while_auto_plans_is_named(hosts: Nursery, tmp_path: Path, phase: str) -> None:
+    first, second = (
+        hosts.run(rank, 2, tmp_path, *AUTO, phase=phase if rank else "") for rank in range(2)
+    )
+    wait_for(tmp_path / "reached")
+    time.sleep(KNOWN)
+    second.send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    status, said = first.end(within=25)
+    assert status == 1, said
+    (line,) = [line for line in said.splitlines() if line.startswith("wagontrain: ")]
+    assert "rank 1 on host tb1 has not been heard of for " in line
+    assert f"last seen {phase}" in line
+    assert "Traceback" not in said
+    assert time.monotonic() - began < PATIENCE + 12

@@ -30,14 +30,24 @@ def test_who_beats_is_there_and_who_stands_still_is_lost() -> None:
     )
 
 
-def test_a_broken_connection_makes_hasty_but_a_patient_phase_does_not_end_sooner() -> None:
+def test_a_broken_connection_makes_hasty_with_those_at_work_first() -> None:
     roll = Roll(LIMITS)
     roll.hear(pulse(1, 1), 0)
     roll.hear(pulse(2, 1, "setting up", patient=True), 0)
     assert roll.lost(6) is None
-    assert "rank 1" in (roll.lost(6, hasty=True) or "")
-    assert "rank 2" not in (roll.lost(299, hasty=True) or "")
+    said = roll.lost(6, broken=1) or ""
+    assert "rank 1" in said
+    assert "rank 2" not in said
+    assert "rank 2 on host tb2" not in (roll.lost(299) or "")
     assert "rank 2 on host tb2" in (roll.lost(301) or "")
+
+
+def test_a_broken_connection_ends_patience_if_it_was_none_of_those_at_work() -> None:
+    roll = Roll(LIMITS)
+    roll.hear(pulse(1, 1), 40)
+    roll.hear(pulse(2, 1, "setting up", patient=True), 0)
+    assert roll.lost(44, broken=4) is None
+    assert "rank 2 on host tb2" in (roll.lost(44.5, broken=5.5) or "")
 
 
 def test_who_has_left_is_not_lost() -> None:
@@ -80,7 +90,7 @@ def test_nobody_is_lost_who_was_heard_within_the_limit(
         last[rank] = now
         limit = LIMITS.hasty if hasty else LIMITS.usual
         silent = [rank for rank, when in last.items() if now - when > limit]
-        said = roll.lost(now, hasty)
+        said = roll.lost(now, 1.0 if hasty else None)
         assert (said is None) == (not silent)
         for rank in silent[:3]:
             assert f"rank {rank} on host tb{rank}" in (said or "")

@@ -129,6 +129,12 @@ class MicroBatch:
     count: int
     total: int
 
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors; what is input and target at once counts once."""
+        leaves = pytree.tree_leaves((self.inputs, self.target))
+        return sum({id(leaf): leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor)}.values())
+
 
 @dataclass(frozen=True)
 class Batch:

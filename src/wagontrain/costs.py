@@ -65,8 +65,7 @@ class Costs:
 
     def samples(self, rank: int, parts: int | None = None) -> int:
         """Samples of a micro-batch that a worker gets, where so many share it."""
-        piece = -(-self.profile.batch_size // self.profile.accumulate)
-        return equal_shares(piece, parts or self.size)[rank if parts is None else 0]
+        return equal_shares(self.profile.piece, parts or self.size)[rank if parts is None else 0]
 
     def pace(self, rank: int) -> float:
         """How many times as long as in the profile a worker computes."""

@@ -85,6 +85,11 @@ class Layer:
         after: the layer that follows with nothing but elementwise functions in between.
         sparse: whether its gradient has only the rows that were looked up.
         scores: whether its result are scores whose softmax the loss takes: they may stay divided.
+        family: the layer by rows that ends what this one by columns begins, with others beside it:
+            nothing travels within where all ranks have all samples. See `split.families`.
+        heads: ranks have to get as many of them each, for that; 0 where there are none.
+        tied: whether another layer has some of its weights, too: both are divided alike, or none.
+            They are `parts` of the one that comes first.
     """
 
     name: str
@@ -101,6 +106,9 @@ class Layer:
     after: str = ""
     scores: bool = False
     sparse: bool = False
+    family: str = ""
+    heads: int = 0
+    tied: bool = False
 
     def touched(self, samples: float) -> float:
         """Bytes of a sparse gradient: rows, and the number of each."""
@@ -146,6 +154,16 @@ class Profile:
     def nbytes(self) -> int:
         """Of all trainable weights."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def piece(self) -> int:
+        """Samples of a micro-batch, over all workers."""
+        return -(-self.batch_size // self.accumulate)
+
+    @property
+    def across_samples(self) -> bool:
+        """Whether a layer looks across samples: who has some of them does not compute the same."""
+        return any("BatchNorm" in layer.kind for layer in self.layers)
 
     def to_json(self) -> str:
         """As text."""

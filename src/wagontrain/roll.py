@@ -65,11 +65,19 @@ class Limits:
     hasty: float
     patient: float
 
-    def of(self, pulse: Pulse | None, hasty: bool) -> float:
-        """The limit for a rank last heard of with this pulse."""
-        if pulse is not None and pulse.patient:
+    def of(self, pulse: Pulse | None, broken: float | None = None) -> float:
+        """The limit for a rank last heard of with this pulse.
+
+        Args:
+            pulse: the last one; None where there was none.
+            broken: for how many seconds some connection has been known to be broken; None where
+                none is. Then somebody has ended. If after `hasty` it was none of those that are
+                at work, it was one that was given more time.
+        """
+        hasty = min(self.hasty, self.usual)
+        if pulse is not None and pulse.patient and (broken is None or broken <= hasty):
             return max(self.patient, self.usual)
-        return min(self.hasty, self.usual) if hasty else self.usual
+        return self.usual if broken is None else hasty
 
 
 class Roll:
@@ -103,12 +111,17 @@ class Roll:
         """Whether all heard of have ended in good order, rank 0 aside."""
         return all(pulse.left for rank, (pulse, _) in self._heard.items() if rank != 0)
 
-    def lost(self, now: float, hasty: bool = False) -> str | None:
-        """Say which ranks are lost, where they are and what they did last; None if none is."""
+    def lost(self, now: float, broken: float | None = None) -> str | None:
+        """Say which ranks are lost, where they are and what they did last; None if none is.
+
+        Args:
+            now: by this rank's clock.
+            broken: as in `Limits.of`.
+        """
         silent = [
             (pulse, now - when)
             for _, (pulse, when) in sorted(self._heard.items())
-            if now - when > self.limits.of(pulse, hasty) and not pulse.left
+            if now - when > self.limits.of(pulse, broken) and not pulse.left
         ]
         if not silent:
             return None

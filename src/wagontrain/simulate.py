@@ -132,6 +132,12 @@ class Graph:
         self.operations.append(operation)
         return number
 
+    @property
+    def ranks(self) -> list[int]:
+        """Workers that it tells, in order."""
+        held = {each for operation in self.operations for each in operation.resources}
+        return sorted({each.rank for each in held if each.part != "server"})
+
     def sent_by(self, rank: int) -> float:
         """Bytes that a rank sends."""
         return self._sent.get(rank, 0.0)
@@ -193,8 +199,13 @@ class Timeline:
 
     @cached_property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """Of all that the graph tells."""
         return max((span.end for span in self.spans), default=0.0)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one step."""
+        return self.seconds / self.graph.steps
 
     @cached_property
     def _by_rank(self) -> Mapping[int, tuple[list[Span], list[Span]]]:

@@ -318,11 +318,11 @@ class RankWatch(Watch):
         """What this rank holds of the others."""
         if self._alarm_seen is None and (self._alarmed or store.check(["alarm"])):
             self._alarm_seen = now
-        alarmed = self._alarm_seen is not None
-        lost = self._roll.lost(now, hasty=alarmed)
+        broken = None if self._alarm_seen is None else now - self._alarm_seen
+        lost = self._roll.lost(now, broken)
         if lost is not None:
             return lost
-        if self.rank == 0 and alarmed and now - (self._alarm_seen or now) > 2 * _HASTY_SECONDS:
+        if self.rank == 0 and broken is not None and broken > 2 * _HASTY_SECONDS:
             return f"an exchange failed, though all ranks answer: {self._roll.phases()}"
         return None
 
@@ -351,8 +351,8 @@ class RankWatch(Watch):
             master = self._roll.pulse(0)
             if master is not None and master.left:
                 return  # and the store with it
-            hasty = self._alarmed or self._broken
-            if silence > self._roll.limits.of(None, hasty):
+            broken = 0.0 if self._alarmed or self._broken else None
+            if silence > self._roll.limits.of(None, broken):
                 where = f"rank 0 on host {master.host}" if master else "the master"
                 last = f" (last seen {master.doing})" if master else ""
                 self._conclude(

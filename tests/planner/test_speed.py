@@ -49,9 +49,7 @@ def costs(hosts: int, workers: int, layers: int = 200, interference: float = 1.1
 def weigh(strategy: Strategy, given: Costs) -> float:
     """Seconds of a step; also asks all that a plan says of it."""
     timeline = simulate(strategy.step_graph(given), given.interference)
-    held = {each for one in timeline.graph.operations for each in one.resources}
-    ranks = {each.rank for each in held if each.part != "server"}
-    for rank in ranks:
+    for rank in timeline.graph.ranks:
         assert timeline.shares(rank).total == timeline.seconds
         assert sum(strategy.memory(given, rank).values()) > 0
         assert timeline.graph.sent_by(rank) >= 0

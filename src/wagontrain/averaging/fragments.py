@@ -28,7 +28,7 @@ from wagontrain.errors import ModelError
 from wagontrain.transport import Context, Pending
 
 # As in exchange: one piece at a time would leave the wire idle, small ones take more CPU.
-_PIECE_BYTES = 25 * 2**20
+PIECE_BYTES = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Sum:
         if context.group is None or not flat.numel():
             return
         wire = torch.view_as_real(flat) if flat.is_complex() else flat
-        for piece in wire.split(max(1, _PIECE_BYTES // flat.element_size())):
+        for piece in wire.split(max(1, PIECE_BYTES // flat.element_size())):
             self._works.append(dist.all_reduce(piece, group=context.group, async_op=True))
 
     def wait(self) -> list[Tensor]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from wagontrain.averaging.fragments import PIECE_BYTES
 from wagontrain.cluster import traffic
 from wagontrain.costs import Costs
 from wagontrain.simulate import Graph
-
-_PIECE = 25 * 2**20
 
 
 def step_graph(
@@ -47,7 +46,7 @@ def step_graph(
         after = [number for numbers in last.values() for number in numbers]
         sent = []
         while left > 0:
-            piece = min(left, _PIECE)
+            piece = min(left, PIECE_BYTES)
             seconds = costs.exchange("all_reduce", piece, members)
             moved = piece * traffic("all_reduce", costs.size)
             sent.append(graph.exchange("average", seconds, costs.leaders, after, moved))

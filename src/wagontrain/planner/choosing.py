@@ -98,16 +98,18 @@ def choose(
         profile = at_rest(profile, context)
     clock.lap("probe")
     costs = Costs(profile, cluster)
+    context.watch.at("weighing the strategies")
     weighed = search.weigh(kinds, costs, task, wish.relaxed)
     if not weighed or not weighed[0].fits:
         raise UsageError(search.lacking(weighed, costs))
-    _require_the_same(weighed, context)
+    with context.watch.doing("comparing what was weighed"):
+        _require_the_same(weighed, context)
     clock.lap("search")
     measured: dict[int, float] = {}
     if wish.trial and context.world.size > 1:
-        with context.watch.doing("trying the best strategies", patient=True):
-            measured = _try(task, context, weighed)
+        measured = _try(task, context, weighed)
         clock.lap("trial")
+    context.watch.at("explaining the plan")
     winner = _winner(weighed, measured, wish)
     plan = conclude(weighed, winner, costs, kinds, measured, profile.model)
     clock.lap("explaining")
@@ -313,14 +315,16 @@ def _seconds_of(task: Task, context: Context, strategy: Strategy) -> float | Non
 
     It trains a model of its own: nothing of it is left.
     """
-    device = context.world.device
+    device, trial = context.world.device, f"a trial of {search.told(strategy)}"
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         refused, runner = "", None
-        try:
-            runner = strategy.setup(task, context)
-        except (UsageError, TaskError, ModelError) as error:  # the plain model did run
-            refused = str(error)
-        if any(context.gather_text(refused)):
+        with context.watch.doing(f"setting up {trial}", patient=True):
+            try:
+                runner = strategy.setup(task, context)
+            except (UsageError, TaskError, ModelError) as error:  # the plain model did run
+                refused = str(error)
+            stopped = any(context.gather_text(refused))
+        if stopped:
             if runner is not None:
                 runner.close()
             return None
@@ -328,24 +332,25 @@ def _seconds_of(task: Task, context: Context, strategy: Strategy) -> float | Non
         try:
             batches = Batches.of_training(replace(task, loader_workers=0), device, runner.cut)
             loaded = batches.epoch(0)
-            return _median_step(context, lambda: runner.step(next(loaded)), batches.order.steps)
+            taken: list[float] = []
+            for number in range(min(batches.order.steps, _WARM_UP + _STEPS)):
+                with context.watch.doing(f"in step {number} of {trial}"):
+                    taken.append(_step_seconds(context, lambda: runner.step(next(loaded))))
+                if sum(taken) > _SECONDS and number > 0:
+                    break
         finally:
             runner.close()
-
-
-def _median_step(context: Context, step: Callable[[], object], most: int) -> float | None:
-    taken: list[float] = []
-    for number in range(min(most, _WARM_UP + _STEPS)):
-        context.barrier()
-        began = time.perf_counter()
-        step()
-        if context.world.device.type == "cuda":
-            torch.cuda.synchronize(context.world.device)
-        slowest = max(row[0] for row in context.gather([time.perf_counter() - began]))
-        taken.append(slowest)
-        if sum(taken) > _SECONDS and number > 0:
-            break
     return statistics.median(taken[min(_WARM_UP, len(taken) - 1) :]) if taken else None
+
+
+def _step_seconds(context: Context, step: Callable[[], object]) -> float:
+    """Of the slowest rank."""
+    context.barrier()
+    began = time.perf_counter()
+    step()
+    if context.world.device.type == "cuda":
+        torch.cuda.synchronize(context.world.device)
+    return max(row[0] for row in context.gather([time.perf_counter() - began]))
 
 
 # --- without a cluster --------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from wagontrain.batches import MicroBatch
 from wagontrain.errors import ModelError
 from wagontrain.objective import Objective
-from wagontrain.profile import Layer, Line, Part
-from wagontrain.split.divide import splittable, ways
+from wagontrain.profile import Cut, Layer, Line, Part
+from wagontrain.split.divide import consistent, splittable, ways
+from wagontrain.split.families import families
 from wagontrain.split.observe import Observed, observe
 
 NOTHING = Line(0.0, 0.0)
@@ -50,11 +51,17 @@ def layers_of(model: nn.Module, objective: Objective, micro: MicroBatch) -> tupl
     except ModelError:  # it asks for gradients in its forward: nobody can divide it
         observed = Observed(list(seen))
     named = dict(model.named_modules())
-    homes = _homes(model, list(seen))
-    possible = set(ways(model, observed, 0)) if observed.calls else set()
+    homes, tied = _homes(model, list(seen)), _tied(model)
+    possible = set(_divided(model, observed)) if observed.calls else set()
+    families_of = {
+        name: family
+        for family in families(model, observed)
+        for name in family.columns
+        if possible.issuperset(family.placement)
+    }
     found = []
     for name, facts in seen.items():
-        module = named[name]
+        module, family = named[name], families_of.get(name)
         splits = name in possible and observed.once(name)
         found.append(
             Layer(
@@ -64,9 +71,16 @@ def layers_of(model: nn.Module, objective: Objective, micro: MicroBatch) -> tupl
                 splittable(module) if splits else (), _after(name, observed),
                 softmax and type(module) is nn.Linear and name == observed.layers[-1],
                 isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse,
+                family.row if family else "", family.heads if family else 0, name in tied,
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def _divided(model: nn.Module, observed: Observed) -> dict[str, Cut]:
+    """The layers that can be split: tied ones only where both can be alike."""
+    every = {name: splittable(model.get_submodule(name))[0] for name in ways(model, observed, 0)}
+    return consistent(model, every, 1)
 
 
 def _after(name: str, observed: Observed) -> str:
@@ -86,6 +100,14 @@ def _homes(model: nn.Module, called: list[str]) -> dict[str, list[Part]]:
         home = owner if owner in called else called[0]
         homes.setdefault(home, []).append(Part(name, tuple(value.shape), value.nbytes))
     return homes
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Layers that share weights with others."""
+    users: dict[int, set[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(value), set()).add(name.rpartition(".")[0])
+    return {name for names in users.values() if len(names) > 1 for name in names}
 
 
 @dataclass

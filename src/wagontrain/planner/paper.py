@@ -75,7 +75,6 @@ def on_paper(task: Task, machine: Machine) -> Profile:
     """
     model = _bare(task)
     micro = trial_batch(task, torch.device("cpu"))
-    sample = sum(leaf.nbytes for leaf in _tensors((micro.inputs, micro.target))) / micro.count
     # Autocast does not know the meta device.
     objective = Objective(dataclasses.replace(task, precision="float32"), _META)
     layers = layers_of(model, objective, _on_meta(micro))
@@ -90,7 +89,7 @@ def on_paper(task: Task, machine: Machine) -> Profile:
         update=Line(machine.call, (3 + 2 * state) / (machine.bandwidth * 1e9)),
         optimizer=state,
         buffers=sum(value.nbytes for value in model.buffers()),
-        sample=sample,
+        sample=micro.nbytes / micro.count,
         base=taken_bytes() if machine.device == "cpu" else 0,
         speed=machine.speed,
         device=machine.device,
@@ -157,7 +156,3 @@ def _on_meta(micro: MicroBatch) -> MicroBatch:
         )
 
     return dataclasses.replace(micro, inputs=moved(micro.inputs), target=moved(micro.target))
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -65,11 +65,10 @@ def _points(strategy: Strategy, costs: Costs, today: float) -> tuple[tuple[float
     for factor in FACTORS:
         changed = with_links(costs, factor)
         try:
-            graph = strategy.step_graph(changed)
-            seconds = simulate(graph, costs.interference).seconds / graph.steps
+            timeline = simulate(strategy.step_graph(changed), costs.interference)
         except UsageError:  # it cannot be there
             continue
-        found.append((today * factor, seconds))
+        found.append((today * factor, timeline.step_seconds))
     return tuple(found)
 
 
@@ -84,7 +83,7 @@ def timeline(strategy: Strategy, costs: Costs) -> tuple[Piece, ...]:
         for operation, span in zip(graph.operations, timed.spans, strict=True)
         for rank, resource in _busy(operation)
     ]
-    ranks = sorted({piece.rank for piece in pieces if piece.resource != "server"})
+    ranks = graph.ranks
     first = [rank for rank in costs.leaders if rank in ranks]
     kept = set(list(dict.fromkeys([*first, *ranks]))[:RANKS])
     servers = sorted({piece.rank for piece in pieces if piece.resource == "server"})[:RANKS]

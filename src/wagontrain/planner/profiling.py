@@ -86,7 +86,6 @@ def _measured(task: Task, device: torch.device, sizes: Sequence[int]) -> Profile
     objective = Objective(task, device)
     few = trial_batch(task, device)
     layers = layers_of(model, objective, few)
-    sample = _bytes_of((few.inputs, few.target)) / few.count
     update = Update(task, model)
     update.scheduler = None  # it may be made for so many steps and no more
     watched = _Watched(model, device)
@@ -112,7 +111,7 @@ def _measured(task: Task, device: torch.device, sizes: Sequence[int]) -> Profile
         update=Line(0.0, statistics.median(updates) * pace / nbytes),
         optimizer=state / nbytes,
         buffers=sum(value.nbytes for value in model.buffers()),
-        sample=sample,
+        sample=few.nbytes / few.count,
         base=0,
         speed=arithmetic(device),
         device=device.type,
@@ -148,10 +147,6 @@ def copying(device: torch.device, seconds: float = 0.2) -> float:
         target.copy_(source)
         taken.append(clock.between(start, clock.mark()))
     return 2e-9 * source.nbytes / statistics.mean(taken[1:])
-
-
-def _bytes_of(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 # --- one pass -----------------------------------------------------------------------------------

@@ -58,19 +58,18 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
     """
     graph = strategy.step_graph(costs)
     timeline = simulate(graph, costs.interference)
-    held = {each for one in graph.operations for each in one.resources}
-    told = sorted({each.rank for each in held if each.part != "server"}) or [0]
+    ranks = graph.ranks or [0]
     # The worker that computes longest is the one that the step waits for.
-    shares = max((timeline.shares(rank) for rank in told), key=lambda each: each.compute)
-    items, room = _tightest(strategy, costs, told)
+    shares = max((timeline.shares(rank) for rank in ranks), key=lambda each: each.compute)
+    items, room = _tightest(strategy, costs, ranks)
     needed = strategy.steps_needed(costs)
     return Estimate(
-        seconds=timeline.seconds / graph.steps,
+        seconds=timeline.step_seconds,
         compute=shares.compute / graph.steps,
         exposed=shares.exposed / graph.steps,
         waiting=shares.waiting / graph.steps,
         memory=items,
-        sent=max(graph.sent_by(rank) for rank in told) / graph.steps,
+        sent=max(graph.sent_by(rank) for rank in ranks) / graph.steps,
         room=room,
         least_steps=needed.least,
         most_steps=needed.most,
@@ -79,17 +78,17 @@ def estimate(strategy: Strategy, costs: Costs) -> Estimate:
 
 
 def _tightest(
-    strategy: Strategy, costs: Costs, told: Iterable[int]
+    strategy: Strategy, costs: Costs, ranks: Iterable[int]
 ) -> tuple[dict[str, float], float]:
     """Bytes by what they are for, and bytes that may be taken, of the worker with least to spare.
 
     Args:
         strategy: that takes them.
         costs: of the task on the cluster.
-        told: workers that its graph tells.
+        ranks: workers that its graph tells.
     """
     found = []
-    for rank in dict.fromkeys([*costs.leaders, *told]):
+    for rank in dict.fromkeys([*costs.leaders, *ranks]):
         items = strategy.memory(costs, rank)
         trying = 0.0 if strategy.crewed else costs.trying(rank) - sum(items.values())
         if trying > 0:
@@ -158,13 +157,11 @@ def _remedy(each: Weighed, costs: Costs) -> str:
     grows = sum(found.memory.get(item, 0.0) for item in _BY_SAMPLES)
     if grows <= over:
         return f" ({size(over - grows)} too much even if no activations were kept)"
-    graph = each.strategy.step_graph(costs)
-    held = {one for operation in graph.operations for one in operation.resources}
-    told = sorted({one.rank for one in held if one.part != "server"})
+    ranks = each.strategy.step_graph(costs).ranks
     parts = costs.profile.accumulate
     while (parts := 2 * parts) <= costs.profile.batch_size // costs.size:
         smaller = replace(costs, profile=replace(costs.profile, accumulate=parts))
-        items, room = _tightest(each.strategy, smaller, told)
+        items, room = _tightest(each.strategy, smaller, ranks)
         if sum(items.values()) <= room:
             return f" (Task.accumulate={parts} would make it fit)"
     return ""
@@ -183,7 +180,7 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
     made = []
     asked: set[str] = set()
     small: set[str] = set()
-    left = _TIMED
+    left, of_winner = _TIMED, len(winner.strategy.step_graph(costs).operations)
     for each in weighed:
         flip = more = ""
         if each.estimate is not None and not each.fits and each.strategy.name not in small:
@@ -191,8 +188,8 @@ def candidates(weighed: Sequence[Weighed], winner: Weighed, costs: Costs) -> lis
             more = _remedy(each, costs)
         if each.fits and each.strategy.name not in asked and each is not winner:
             asked.add(each.strategy.name)
-            size = sum(len(one.strategy.step_graph(costs).operations) for one in (each, winner))
-            if (left := left - _QUESTIONS * size) > 0:
+            both = of_winner + len(each.strategy.step_graph(costs).operations)
+            if (left := left - _QUESTIONS * both) > 0:
                 flip = flip_point(each, winner, costs)
         made.append(
             Candidate(
@@ -287,9 +284,8 @@ def _ahead(each: Weighed, winner: Weighed, costs: Costs | None) -> bool | None:
 
 
 def _to_loss(strategy: Strategy, costs: Costs) -> float:
-    graph = strategy.step_graph(costs)
-    seconds = simulate(graph, costs.interference).seconds / graph.steps
-    return seconds * strategy.steps_needed(costs).most
+    timeline = simulate(strategy.step_graph(costs), costs.interference)
+    return timeline.step_seconds * strategy.steps_needed(costs).most
 
 
 def _bisect(ahead: Callable[[float], bool | None]) -> float | None:

@@ -17,7 +17,7 @@ from functools import cached_property
 from wagontrain.convergence import EXACT, Steps, late
 from wagontrain.costs import Costs
 from wagontrain.profile import Layer
-from wagontrain.simulate import Graph, Resource
+from wagontrain.simulate import Graph, Part, Resource
 
 _LARGE = 4
 """Rows for each sample of a batch from which "auto" takes a table to be large; see `placing`."""
@@ -37,11 +37,6 @@ def tables(costs: Costs) -> list[Layer]:
         and layer.parts
         and (layer.sparse or layer.parts[0].shape[0] >= _LARGE * costs.profile.batch_size)
     ]
-
-
-def has_batch_norm(costs: Costs) -> bool:
-    """Whether a layer looks across samples, which no worker sees all of."""
-    return any(layer.kind.startswith("BatchNorm") for layer in costs.profile.layers)
 
 
 @dataclass(frozen=True)
@@ -138,11 +133,12 @@ class Serving:
     ) -> list[int]:
         """A push (to the shards) or a fetch (from them); numbers of what has to be over."""
         push = label == "push"
-        own, its = Resource("out" if push else "in", rank), "in" if push else "out"
+        ends: tuple[Part, Part] = ("out", "in") if push else ("in", "out")
+        own = Resource(ends[0], rank)
         source = rank if push else None
         seconds = self._seconds(nbytes, rank)
         if not self._near(rank):
-            over = (own, Resource("in" if its == "in" else "out", 0))
+            over = (own, Resource(ends[1], 0))
             return [graph.carry(label, seconds, over, after, source, nbytes)]
         return [
             graph.carry(

@@ -76,7 +76,7 @@ def check_placement(
         why = not_split_because(name, model, observed)
         if why:
             raise UsageError(f"layer {name!r} cannot be split: {why}; leave it whole")
-    kept = _consistent(model, placement, size)
+    kept = consistent(model, placement, size)
     for name, cut in placement.items():
         if cut != "whole" and name not in kept:
             raise UsageError(
@@ -149,7 +149,7 @@ def divide(
         last: the layer whose result the loss takes, if it may stay divided.
     """
     axis, size = axes.model, axes.model.size
-    cuts = _consistent(model, placement, size)
+    cuts = consistent(model, placement, size)
     state = {**dict(model.named_parameters(remove_duplicate=False)),
              **dict(model.named_buffers(remove_duplicate=False))}  # fmt: skip
     persistent = set(model.state_dict())
@@ -225,7 +225,7 @@ def _parts(layer: Any, cut: Cut, size: int, index: int) -> dict[str, tuple[int, 
     }
 
 
-def _consistent(model: nn.Module, placement: Placement, size: int) -> dict[str, Cut]:
+def consistent(model: nn.Module, placement: Placement, size: int) -> dict[str, Cut]:
     """The layers to split; tied weights are divided in one way, or left whole."""
     cuts: dict[str, Cut] = {name: cut for name, cut in placement.items() if cut != "whole"}
     users: dict[int, list[str]] = {}

@@ -12,6 +12,7 @@ Source: Shoeybi et al. 2019, "Megatron-LM", section 3.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,13 @@ class Family:
         columns: names of those split by columns, in the order of their calls.
         row: name of the one split by rows.
         draws: whether random numbers are drawn in between.
+        heads: every rank has to get as many of them; 0 where there are none.
     """
 
     columns: tuple[str, ...]
     row: str
     draws: bool
+    heads: int = 0
 
     @property
     def placement(self) -> dict[str, Cut]:
@@ -50,35 +53,39 @@ class Family:
         return all(cuts.get(name) == cut for name, cut in self.placement.items())
 
 
-def families(model: nn.Module, observed: Observed, size: int) -> Iterator[Family]:
+def families(model: nn.Module, observed: Observed, size: int = 1) -> Iterator[Family]:
     """Those of a model that can be divided over so many ranks."""
     for path, module in model.named_modules():
         kind = type(module)
         if not kind.__module__.startswith("transformers.models."):
             continue
         whole: Any = module
-        if kind.__name__ in _ATTENTION and _heads_divide(whole, size):
-            found = _family(path, ("q_proj", "k_proj", "v_proj"), "o_proj", whole.attention_dropout)
+        # Weights of attention that somebody sees are whole.
+        if kind.__name__ in _ATTENTION and whole.config._attn_implementation == "sdpa":
+            draws, heads = whole.attention_dropout > 0, _heads(whole)
+            found = _family(path, ("q_proj", "k_proj", "v_proj"), "o_proj", draws, heads)
         elif kind.__name__ in _GATED:
-            found = _family(path, ("gate_proj", "up_proj"), "down_proj", 0.0)
+            found = _family(path, ("gate_proj", "up_proj"), "down_proj", False, 0)
         else:
             continue
         names = [*found.columns, found.row]
         called = [name for name in observed.layers if name in names]
-        if called == names and all(type(model.get_submodule(each)) is nn.Linear for each in names):
+        if (
+            found.heads % size == 0
+            and called == names
+            and all(type(model.get_submodule(each)) is nn.Linear for each in names)
+        ):
             yield found
 
 
-def _family(path: str, columns: tuple[str, ...], row: str, dropout: float) -> Family:
+def _family(path: str, columns: tuple[str, ...], row: str, draws: bool, heads: int) -> Family:
     return Family(
-        tuple(full_name(path, each) for each in columns), full_name(path, row), dropout > 0
+        tuple(full_name(path, each) for each in columns), full_name(path, row), draws, heads
     )
 
 
-def _heads_divide(attention: Any, size: int) -> bool:
-    """Whether every rank gets as many heads; weights of attention that somebody sees are whole."""
-    heads = [
-        each.out_features // attention.head_dim for each in (attention.q_proj, attention.k_proj)
-    ]
-    hidden = attention.config._attn_implementation == "sdpa"
-    return hidden and all(count % size == 0 for count in heads)
+def _heads(attention: Any) -> int:
+    """Of which every rank has to get as many: of queries as well as of keys."""
+    return math.gcd(
+        *(each.out_features // attention.head_dim for each in (attention.q_proj, attention.k_proj))
+    )

@@ -2,8 +2,9 @@
 
 A layer costs what it computes, exchanges and updates, whichever way it is held; two layers with
 nothing but elementwise functions between them cost less together, split by columns and then by
-rows, for nothing travels in between. Along such chains dynamic programming finds the cheapest
-placement; where memory does not allow it, a mixed-integer program does (HiGHS).
+rows, for nothing travels in between; so do families of layers (`split.families`). Along chains of
+the former dynamic programming finds the cheapest placement; where memory does not allow it, a
+mixed-integer program does (HiGHS).
 
 What a sum of gradients costs depends on how much of it the backward pass hides, which no sum of
 costs can say: it is given as a share that is not hidden, and the simulator decides between the
@@ -23,6 +24,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from wagontrain.cluster import Kind
 from wagontrain.costs import Costs
 from wagontrain.profile import Cut, Layer
+from wagontrain.split import predict
 from wagontrain.split.predict import Border, Stretch
 
 EXPOSED = (1.0, 0.3, 0.0)
@@ -50,19 +52,19 @@ class Problem:
     Args:
         options: layer -> its ways.
         saved: (layer, the one after it) -> seconds saved by columns for the first and rows for the
-            second.
+            second; and of families, by columns for all but the last.
     """
 
     options: Mapping[str, Mapping[Cut, Option]]
-    saved: Mapping[tuple[str, str], float]
+    saved: Mapping[tuple[str, ...], float]
 
     def seconds(self, placement: Mapping[str, Cut]) -> float:
         """What a placement costs."""
         total = sum(self.options[name][cut].seconds for name, cut in placement.items())
         return total - sum(
             saved
-            for (name, after), saved in self.saved.items()
-            if (placement[name], placement[after]) == ("column", "row")
+            for names, saved in self.saved.items()
+            if predict.together(names).items() <= placement.items()
         )
 
     def nbytes(self, placement: Mapping[str, Cut]) -> float:
@@ -82,7 +84,7 @@ def problem(costs: Costs, border: Border, samples: float, exposed: float) -> Pro
     layers = {layer.name: layer for layer in costs.profile.layers}
     names = list(layers)
     options: dict[str, dict[Cut, Option]] = {}
-    saved: dict[tuple[str, str], float] = {}
+    saved: dict[tuple[str, ...], float] = {}
     for layer in costs.profile.layers:
         ways = _ways(layer, border)
         if len(ways) > 1:
@@ -101,11 +103,23 @@ def problem(costs: Costs, border: Border, samples: float, exposed: float) -> Pro
                 costs, border, Stretch(between[:1], "column", name == names[0])
             ) + _exchanged(costs, border, Stretch(between[-1:], "row"))
             saved[name, after] = max(0.0, apart - pair)
+    for family in predict.families(costs.profile, None, border):
+        members = tuple(layer.name for layer in family)
+        if options.keys() >= set(members):
+            first = members[0] == names[0]
+            apart = sum(
+                _exchanged(costs, border, Stretch((each,), "column")) for each in family[:-1]
+            )
+            apart += _exchanged(costs, border, Stretch(family[-1:], "row"))
+            whole = _exchanged(costs, border, Stretch(family, "family", first))
+            saved[members] = max(0.0, apart - whole)
     return Problem(options, saved)
 
 
 def _ways(layer: Layer, border: Border) -> list[Cut]:
-    """Heads can be split only where all ranks see all samples."""
+    """Heads can be split only where all ranks see all samples; tied layers stay whole."""
+    if layer.tied:  # alone it could not be divided, and options are of one layer
+        return ["whole"]
     split: list[Cut] = [cut for cut in layer.cuts if cut != "heads" or not border.shards]
     return ["whole", *split]
 
@@ -165,6 +179,10 @@ def cheapest(given: Problem, room: float = math.inf) -> dict[str, Cut]:
     found: dict[str, Cut] = {}
     for chain in _chains(given):
         found |= _along(given, chain)
+    for names in _families(given):
+        changed = found | predict.together(names)
+        if given.seconds(changed) < given.seconds(found):
+            found = changed
     if given.nbytes(found) <= room:
         return found
     return _limited(given, room) or {
@@ -173,9 +191,13 @@ def cheapest(given: Problem, room: float = math.inf) -> dict[str, Cut]:
     }
 
 
+def _families(given: Problem) -> list[tuple[str, ...]]:
+    return [names for names in given.saved if len(names) > 2]
+
+
 def _chains(given: Problem) -> Iterator[list[str]]:
     """Layers one behind the other; one that has nobody beside it is a chain of its own."""
-    after = dict(given.saved.keys())
+    after = {names[0]: names[1] for names in given.saved if len(names) == 2}
     heads = given.options.keys() - set(after.values())
     for name in given.options:
         if name in heads:
@@ -209,10 +231,10 @@ def _limited(given: Problem, room: float) -> dict[str, Cut] | None:
     """The cheapest placement of so many bytes, as a mixed-integer program; None where none fits."""
     ways = [(name, cut) for name, options in given.options.items() for cut in options]
     place = {way: number for number, way in enumerate(ways)}
-    pairs = list(given.saved)
-    count = len(ways) + len(pairs)
+    groups = list(given.saved)
+    count = len(ways) + len(groups)
     price = [given.options[name][cut].seconds for name, cut in ways]
-    price += [-given.saved[pair] for pair in pairs]
+    price += [-given.saved[group] for group in groups]
     rows, low, high = [], [], []
 
     def constrain(row: Mapping[int, float], least: float, most: float) -> None:
@@ -225,9 +247,9 @@ def _limited(given: Problem, room: float) -> dict[str, Cut] | None:
 
     for name, options in given.options.items():
         constrain({place[name, cut]: 1.0 for cut in options}, 1.0, 1.0)
-    for number, (name, after) in enumerate(pairs, len(ways)):
-        constrain({number: 1.0, place[name, "column"]: -1.0}, -np.inf, 0.0)
-        constrain({number: 1.0, place[after, "row"]: -1.0}, -np.inf, 0.0)
+    for number, group in enumerate(groups, len(ways)):
+        for way in predict.together(group).items():
+            constrain({number: 1.0, place[way]: -1.0}, -np.inf, 0.0)
     nbytes = {place[way]: given.options[way[0]][way[1]].nbytes / max(room, 1.0) for way in ways}
     constrain(nbytes, -np.inf, 1.0)
     done = milp(

@@ -20,7 +20,8 @@ class Stretch:
 
     Args:
         layers: in the order of the forward pass.
-        cut: "whole", "column", "row", "table", "pair": columns, then rows; or "scores".
+        cut: "whole", "column", "row", "table", "pair": columns, then rows; "family": several by
+            columns, then rows; or "scores".
         first: whether the model begins with it: no gradient goes back from it.
     """
 
@@ -29,8 +30,13 @@ class Stretch:
     first: bool = False
 
 
-def stretches(profile: Profile, cuts: Cuts) -> list[Stretch]:
+def stretches(profile: Profile, cuts: Cuts, border: Border) -> list[Stretch]:
     """The layers of a model, put together as they are exchanged for.
+
+    Args:
+        profile: of the model.
+        cuts: of its layers.
+        border: of those that are split.
 
     Raises:
         UsageError: a layer is to be split that the model has not.
@@ -40,29 +46,53 @@ def stretches(profile: Profile, cuts: Cuts) -> list[Stretch]:
         raise UsageError(f"the plan splits {min(unknown)!r}, which is no layer of this model")
     found: list[Stretch] = []
     layers = list(profile.layers)
+    names = [each.name for each in layers]
+    rows = {each[0].name: each[-1].name for each in families(profile, cuts, border)}
     position = 0
     while position < len(layers):
         layer = layers[position]
         cut, first = cuts.get(layer.name, "whole"), position == 0
-        if cut == "whole" or not layer.parts:
+        if cut == "whole" or not (layer.parts or layer.tied):
             if found and found[-1].cut == "whole":
                 found[-1] = Stretch((*found[-1].layers, layer), "whole", found[-1].first)
             else:
                 found.append(Stretch((layer,), "whole", first))
             position += 1
             continue
-        names = [each.name for each in layers]
+        row, kind = rows.get(layer.name, ""), "family"
         if cut == "column" and layer.after and cuts.get(layer.after) == "row":
-            end = names.index(layer.after, position)
-            found.append(Stretch(tuple(layers[position : end + 1]), "pair", first))
+            row, kind = layer.after, "pair"
+        if row:
+            end = names.index(row, position)
+            found.append(Stretch(tuple(layers[position : end + 1]), kind, first))
             position = end + 1
             continue
-        kind: str = "table" if layer.kind == "Embedding" and cut == "row" else cut
+        kind = "table" if layer.kind == "Embedding" and cut == "row" else cut
         if cut == "column" and layer.scores:
             kind = "scores"
         found.append(Stretch((layer,), kind, first))
         position += 1
     return found
+
+
+def families(profile: Profile, cuts: Cuts | None, border: Border) -> Iterator[tuple[Layer, ...]]:
+    """Layers by columns with the one by rows behind them, where nothing travels within.
+
+    Args:
+        profile: of the model.
+        cuts: which have to be those; where not given, all that may be.
+        border: of split layers.
+    """
+    if border.shards:
+        return
+    found: dict[str, list[Layer]] = {}
+    for layer in profile.layers:
+        if layer.family and layer.heads % border.ranks == 0:
+            found.setdefault(layer.family, []).append(layer)
+    for row, columns in found.items():
+        wanted = together([*(each.name for each in columns), row])
+        if cuts is None or wanted.items() <= cuts.items():
+            yield (*columns, _of(profile, row))
 
 
 def by_traffic(profile: Profile, ranks: int) -> dict[str, Cut]:
@@ -133,6 +163,7 @@ class Border:
             "heads": ([], [result, result]),
             "row": ([], [result, result]),
             "pair": ([], [result, result]),
+            "family": ([], [result, result]),
             "table": ([], [result, result]),
         }[stretch.cut]
 
@@ -147,6 +178,8 @@ class Border:
             return [], []
         if stretch.cut == "row":  # each rank's features of the gradient are gathered, not summed
             return [given], []
+        if stretch.cut == "family":  # from each of them by itself
+            return [], [given] * sum(bool(layer.family) for layer in stretch.layers)
         return [], [given]
 
 
@@ -233,8 +266,9 @@ def placements(profile: Profile, ranks: int) -> Iterator[dict[str, Cut]]:
         yield every
 
 
-def in_turn(profile: Profile, least: int) -> dict[str, Cut]:
-    """As `split.plan.in_turn`, from a profile: columns, rows for the second of a pair, heads."""
+def in_turn(profile: Profile, least: int, border: Border) -> dict[str, Cut]:
+    """As `split.plan.in_turn`, from a profile: columns, rows for the second of a pair and the last
+    of a family, heads."""
     before = {layer.after: layer.name for layer in profile.layers if layer.after}
     placement: dict[str, Cut] = {}
     for layer in profile.layers:
@@ -243,7 +277,16 @@ def in_turn(profile: Profile, least: int) -> dict[str, Cut]:
             continue
         fused = placement.get(before.get(layer.name, "")) == "column" and "row" in layer.cuts
         placement[layer.name] = "row" if fused else layer.cuts[0]
+    for family in families(profile, None, border):
+        wanted = together([layer.name for layer in family])
+        if wanted.keys() <= placement.keys():
+            placement |= wanted
     return placement
+
+
+def together(names: Sequence[str]) -> dict[str, Cut]:
+    """Columns for all but the last, which has rows."""
+    return {**dict.fromkeys(names[:-1], "column"), names[-1]: "row"}
 
 
 def _of(profile: Profile, name: str) -> Layer:

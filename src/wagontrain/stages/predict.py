@@ -11,22 +11,16 @@ from typing import NamedTuple
 from wagontrain.cluster import traffic
 from wagontrain.costs import Costs
 from wagontrain.errors import UsageError
-from wagontrain.profile import Layer, Profile
+from wagontrain.profile import Layer
 from wagontrain.simulate import Graph, uncollected
 from wagontrain.stages.cutting import BYTES_PER_SECOND
 
 _SWEEPS = 3
 
 
-def divisible(profile: Profile) -> bool:
-    """Whether a batch can be cut into micro-batches: no layer looks across samples."""
-    return not any(layer.kind.startswith("BatchNorm") for layer in profile.layers)
-
-
 def samples(costs: Costs, degree: int) -> int:
     """That a pipeline gets at a time."""
-    piece = -(-costs.profile.batch_size // costs.profile.accumulate)
-    return -(-piece // max(1, costs.size // degree))
+    return -(-costs.profile.piece // max(1, costs.size // degree))
 
 
 @lru_cache(maxsize=64)  # asked for again for every rank's memory
@@ -58,7 +52,6 @@ def borders(seconds: tuple[float, ...], stages: int) -> tuple[tuple[int, int], .
         found, starts = [], []
         for place in range(len(best)):
             whole = sums[place + k]
-
             low, high = 0, place
             while low < high:
                 middle = (low + high) // 2
@@ -82,23 +75,23 @@ def borders(seconds: tuple[float, ...], stages: int) -> tuple[tuple[int, int], .
     return tuple(reversed(made))
 
 
-def stages_of(
-    costs: Costs, stages: int, count: int, degree: int | None = None
-) -> list[list[Layer]]:
-    """The model in so many stages, for so many micro-batches; of fewer ranks where given."""
-    each = samples(costs, degree or stages) / count
+def stages_of(costs: Costs, degree: int, count: int, schedule: str = "gpipe") -> list[list[Layer]]:
+    """The model in the stages of so many ranks, for so many micro-batches."""
+    each = samples(costs, degree) / count
     blocks = _blocks(costs.profile.layers)
     seconds = tuple(
         sum(layer.forward(each) + layer.backward(each) for layer in block) for block in blocks
     )
     sizes = [block[-1].output * each for block in blocks]
-    ends = (0, (degree or stages) - 1)
     crossed = tuple(
-        max(size / BYTES_PER_SECOND, costs.exchange("send", size, ends)) for size in sizes
+        max(size / BYTES_PER_SECOND, costs.exchange("send", size, (0, degree - 1)))
+        for size in sizes
     )
     return [
         [layer for block in blocks[start:stop] for layer in block]
-        for start, stop in narrowed(seconds, crossed, borders(seconds, stages))
+        for start, stop in narrowed(
+            seconds, crossed, borders(seconds, total_stages(degree, schedule))
+        )
     ]
 
 
@@ -165,7 +158,7 @@ def step_graph(costs: Costs, degree: int, count: int, schedule: str) -> Graph:
     Raises:
         UsageError: the model has fewer layers than stages.
     """
-    found = stages_of(costs, total_stages(degree, schedule), count, degree)
+    found = stages_of(costs, degree, count, schedule)
     size = samples(costs, degree) / count
     graph = Graph()
     last: dict[int, list[int]] = {rank: [] for rank in range(degree)}
@@ -330,7 +323,7 @@ class _Way:
 def memory(costs: Costs, degree: int, count: int, schedule: str, rank: int) -> dict[str, float]:
     """Of a rank: its stages, and the micro-batches that it holds of each at a time."""
     place = rank % degree
-    found = stages_of(costs, total_stages(degree, schedule), count, degree)
+    found = stages_of(costs, degree, count, schedule)
     size = samples(costs, degree) / count
     own = list(range(place, len(found), degree))
     kept = {stage: size * sum(layer.kept for layer in found[stage]) for stage in own}

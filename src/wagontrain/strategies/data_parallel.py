@@ -126,8 +126,7 @@ class DataParallel(Strategy):
 
     def step_graph(self, costs: Costs) -> Graph:
         """Forward and backward on the own share; each bucket travels when it is full."""
-        whole = -(-costs.profile.batch_size // costs.profile.accumulate)
-        counts = shares(whole, costs.size, self.shares)
+        counts = shares(costs.profile.piece, costs.size, self.shares)
         members = range(costs.size)
         own = {rank: counts[rank] for rank in costs.leaders}
         step = Step(costs, costs.leaders, members, own, self.bucket_mb)
@@ -144,8 +143,7 @@ class DataParallel(Strategy):
 
     def memory(self, costs: Costs, rank: int) -> dict[str, float]:
         """A whole copy of everything, and the activations of the own share."""
-        whole = -(-costs.profile.batch_size // costs.profile.accumulate)
-        count = shares(whole, costs.size, self.shares)[rank]
+        count = shares(costs.profile.piece, costs.size, self.shares)[rank]
         items = costs.memory(costs.profile.layers, count)
         if costs.size > 1:  # after the first step DDP makes its buckets anew, beside the old ones
             held = items["activations"] + items["backward"]

@@ -154,7 +154,7 @@ class Hybrid(Strategy):
         else:
             placement = self.placement
         border = predict.Border(costs.size, profile.batch_size / profile.accumulate, shards=True)
-        return predict.stretches(profile, placement), border
+        return predict.stretches(profile, placement, border), border
 
     def setup(self, task: Task, context: Context) -> HybridRunner:
         """Build the model and leave each rank its part."""

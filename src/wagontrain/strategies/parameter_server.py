@@ -165,7 +165,7 @@ class ParameterServer(Crewed):
         if size == 1:
             return []
         found: list[ParameterServer] = []
-        together = size <= costs.profile.batch_size and not predict.has_batch_norm(costs)
+        together = size <= costs.profile.batch_size and not costs.profile.across_samples
         for servers in sorted({1, min(4, size)}):
             if together:
                 found.append(cls(servers=servers, consistency="synchronous"))

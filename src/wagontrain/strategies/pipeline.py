@@ -128,7 +128,7 @@ class Pipeline(Strategy):
                 continue
             samples = predict.samples(costs, degree)
             counts = [factor * degree for factor in _PER_STAGE if factor * degree <= samples]
-            if not predict.divisible(costs.profile):
+            if costs.profile.across_samples:
                 counts = [1]
             if counts:
                 seconds, best = min(

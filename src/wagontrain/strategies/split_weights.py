@@ -133,14 +133,14 @@ class SplitWeights(Strategy):
         if self.strips:
             raise UsageError("strips are not predicted yet: leave them out, or name the strategy")
         profile, degree = costs.profile, self.degree or costs.size
+        batch = profile.batch_size / profile.accumulate / (costs.size // degree)
+        border = predict.Border(degree, batch, shards=False)
         placement: predict.Cuts
         if not isinstance(self.placement, str):
             placement = self.placement
         else:
-            placement = predict.in_turn(profile, self.least)
-        batch = profile.batch_size / profile.accumulate / (costs.size // degree)
-        border = predict.Border(degree, batch, shards=False)
-        return predict.stretches(profile, placement), border, range(degree)
+            placement = predict.in_turn(profile, self.least, border)
+        return predict.stretches(profile, placement, border), border, range(degree)
 
     def setup(self, task: Task, context: Context) -> SplitWeightsRunner:
         """Build the model and leave each rank its part."""
