@@ -6,14 +6,16 @@ All contenders of a size are up at the same time and take turns. A push ends whe
 that it has the gradient; a pull when the values are in the worker's own memory, as they have to
 be for a model to use them. wagontrain's server checks each gradient for numbers that are not
 finite before it says so, the others only keep it. Two more parts: eight workers on one shard, and
-a link of a test bed, where the shard is on another host. The raw socket is one TCP stream in blocks
-as large as the gradient: what iperf3 measures.
+a link of a test bed, where the shard is on another host. There iperf3, where it is installed, says
+before and after the turns what one TCP stream that never stops reaches (what was received in 2 s,
+both ways); the raw socket sends blocks as large as the gradient, each answered before the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -93,10 +95,37 @@ def on_loopback(size: int, rounds: int) -> Turns:
     return take_turns(processes, rounds, max(1, 64 // size))
 
 
-def on_link(size: int, rounds: int, rate: str) -> Turns:
-    """A raw socket and wagontrain, between two hosts of a test bed."""
+def iperf3(bed: Bed, times: int) -> dict[str, list[float]]:
+    """GB/s from the second host to the first, as a push goes, and back; nothing without iperf3."""
+    found: dict[str, list[float]] = {"push": [], "pull": []}
+    if shutil.which("iperf3") is None:
+        return found
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = bed.start(0, ["iperf3", "--server"], **quiet)
+    limit = time.monotonic() + LIMIT
+    try:
+        while min(map(len, found.values())) < times:
+            for what, rates in found.items():
+                words = ["iperf3", "--client", address(0), "--time", "2", "--json"]
+                words += ["--reverse"] if what == "pull" else []
+                done = bed.start(1, words, **PIPES)
+                out, _ = done.communicate(timeout=60)
+                ended = json.loads(out)["end"]
+                if "sum_received" in ended:  # else the server does not listen yet
+                    rates.append(ended["sum_received"]["bits_per_second"] / 8e9)
+            if time.monotonic() > limit:
+                raise SystemExit(f"iperf3 gave no figures within {LIMIT} s: {out}")
+    finally:
+        server.terminate()
+        server.wait(10)
+    return found
+
+
+def on_link(size: int, rounds: int, rate: str) -> tuple[Turns, dict[str, list[float]]]:
+    """A raw socket and wagontrain, between two hosts of a test bed; and what iperf3 says."""
     here, there = address(0), address(1)
     with Bed.up(Shape(2, rate)) as bed:
+        before = iperf3(bed, 2)
         raw = [sys.executable, "-m", MODULES["raw socket"], str(size)]
         servers = [bed.start(0, [*raw, "serve", here, "5000"])]
         processes = {"raw socket": bed.start(1, [*raw, "connect", here, "5000"], **PIPES)}
@@ -112,7 +141,8 @@ def on_link(size: int, rounds: int, rate: str) -> Turns:
         turns = take_turns(processes, rounds, 1)
         for server in [*servers, shard]:
             server.wait(60)
-    return turns
+        after = iperf3(bed, 2)
+    return turns, {what: before[what] + after[what] for what in before}
 
 
 def crowd(workers: int, size: int, seconds: float) -> list[int]:
@@ -129,8 +159,13 @@ def rates(said: list[dict[str, Any]], size: int) -> list[float]:
     return [size * MIB / 1e9 / statistics.median(each["seconds"]) for each in said]
 
 
-def table(turns: Turns, size: int, against: tuple[str, ...]) -> list[str]:
-    """Markdown rows: GB/s, the ratio to the better of some others, CPU time of the server."""
+def table(
+    turns: Turns, size: int, against: tuple[str, ...], stream: dict[str, list[float]] | None = None
+) -> list[str]:
+    """Markdown rows: GB/s, the ratio to the better of some others, CPU time of the server.
+
+    `stream` is what iperf3 says, where it is there: what is compared with then.
+    """
     lines = [
         "| contender | push, GB/s | quartiles | pull, GB/s | quartiles "
         "| server's CPU s a pushed GB | ... a pulled GB |",
@@ -145,10 +180,18 @@ def table(turns: Turns, size: int, against: tuple[str, ...]) -> list[str]:
             moved = sum(len(each["seconds"]) for each in sides[what]) * size * MIB / 1e9
             cells.append(f"{sum(each['server_cpu'] for each in sides[what]) / moved:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
+    if stream:
+        cells = ["iperf3"]
+        for what in ("push", "pull"):
+            low, middle, high = statistics.quantiles(stream[what], n=4)
+            cells += [f"**{middle:.3g}**", f"{low:.3g} to {high:.3g}"]
+        lines.append("| " + " | ".join([*cells, "", ""]) + " |")
     lines.append("")
     for what in ("push", "pull"):
         own = statistics.median(rates(turns["wagontrain"][what], size))
         other = {name: statistics.median(rates(turns[name][what], size)) for name in against}
+        if stream:
+            other = {"iperf3": statistics.median(stream[what])}
         best = max(other, key=lambda name: other[name])
         lines.append(f"- {what}: {own / other[best]:.2f} times {best}.")
     return [*lines, ""]
@@ -178,8 +221,11 @@ def report(record: dict[str, Any]) -> str:
     if record["link"]:
         size, line = record["link_size"], bits_per_second(record["rate"]) / 8e9
         text += [f"## {size} MiB over a link of {record['rate']}, encrypted", ""]
-        text += table(record["link"], size, ("raw socket",))
+        stream = record["iperf3"] if any(record["iperf3"].values()) else None
+        text += table(record["link"], size, ("raw socket",), stream)
         text += [f"The link's rate is {line:.3g} GB/s, headers included.", ""]
+        if stream is None:
+            text += ["iperf3 is not installed: the raw socket stands in for it.", ""]
     return "\n".join(text)
 
 
@@ -196,6 +242,10 @@ def main() -> None:
     parser.add_argument("--name", default="server-throughput", help="of the files")
     options = parser.parse_args()
     prepare()
+    none: tuple[Turns, dict[str, list[float]]] = ({}, {})
+    link, stream = (
+        none if options.rate == "none" else on_link(options.link_size, options.rounds, options.rate)
+    )
     record: dict[str, Any] = {
         **origin(),
         "command": "python benchmarks/server_throughput.py " + " ".join(sys.argv[1:]),
@@ -206,9 +256,8 @@ def main() -> None:
         "crowd": crowd(options.workers, 4, options.seconds) if options.workers else [],
         "link_size": options.link_size,
         "rate": options.rate,
-        "link": {}
-        if options.rate == "none"
-        else on_link(options.link_size, options.rounds, options.rate),
+        "link": link,
+        "iperf3": stream,
     }
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{time.strftime('%Y-%m-%d')}-{options.name}"

@@ -125,7 +125,10 @@ def test_a_strategy_that_there_is_not(capsys: Any, monkeypatch: Any) -> None:
 
 
 COMMANDS = [
-    *((name,) for name in ("run", "join", "export", "init", "verify", "strategies", "plan")),
+    *(
+        (name,)
+        for name in ("run", "join", "serve", "export", "init", "verify", "strategies", "plan")
+    ),
     *((name,) for name in ("probe", "report", "trace", "dashboard")),
     *(("testbed", name) for name in ("run", "up", "exec", "status", "down", "cut", "kill")),
 ]

@@ -32,7 +32,8 @@ class Server:
 
 def main() -> None:
     size = int(sys.argv[1])
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, **quiet)  # not a cluster that happens to be there
     server = Server.remote(size)
     own, gradient = torch.zeros(size * MIB // 4), torch.ones(size * MIB // 4)
 

@@ -1,4 +1,4 @@
-"""The command line: `wagontrain run`, `verify`, `join`, `export`."""
+"""The command line: `wagontrain run`, `verify`, `join`, `serve`, `export`."""
 
 from __future__ import annotations
 
@@ -201,6 +201,23 @@ def join(
 
     with _stoppable():
         crew.join(coordinator, file, secret_file)
+
+
+@app.command(
+    rich_help_panel=TRAIN,
+    epilog="Example: wagontrain serve 10.0.0.5:41234 --secret-file secret",
+)
+def serve(
+    coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
+    secret_file: Annotated[
+        Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
+    ] = None,
+) -> None:
+    """Hold a server shard of a run with placement=elsewhere."""
+    from wagontrain import crew
+
+    with _stoppable():
+        crew.serve(coordinator, secret_file, print)
 
 
 @app.command(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from wagontrain import checkpoint, launch
+from wagontrain import checkpoint, hosting, launch
 from wagontrain.engines import Engine, Local
 from wagontrain.errors import UsageError
 from wagontrain.events import Events
@@ -27,6 +27,7 @@ from wagontrain.hands import Crew, LocalCrew
 from wagontrain.job import Job, job_folder
 from wagontrain.launch import Place, Terms
 from wagontrain.launch.network import free_port
+from wagontrain.mesh import World
 from wagontrain.plan import Plan
 from wagontrain.progress import Progress
 from wagontrain.registry import make_strategy
@@ -87,7 +88,8 @@ def start(
     """Run a job to its end; returns its summary and its folder.
 
     Under torchrun or Slurm every process comes here: the first coordinates, and starts the server
-    shards and its own worker; the others work for it.
+    shards and its own worker; the others work for it. With shards elsewhere, the last ones hold
+    them instead.
 
     Raises:
         UsageError: the request cannot be honoured.
@@ -96,6 +98,11 @@ def start(
     require_leasable(task, order.strategy.name)
     if place is not None and place.size > 1:
         return _among(order, task, place, run_dir, label, display)
+
+    if engine is not None and engine.travels and order.strategy.elsewhere:
+        raise UsageError(
+            "Ray places server shards on its nodes by itself: leave placement=elsewhere out"
+        )
 
     def crew_of(job: Path, run: RunFolder, secret: Secret) -> Crew:
         return (engine or Local()).crew(job, run, secret, workers, order.terms.interface)
@@ -112,6 +119,14 @@ def _among(
     display: Progress | None,
 ) -> tuple[dict[str, Any], Path]:
     """One of several processes that somebody else has started."""
+    held = order.strategy.shards if order.strategy.elsewhere else 0
+    workers = place.size - held
+    if workers < 1:
+        raise UsageError(
+            f"{held} of {place.size} processes as hosts of server shards leave none to work: start "
+            "more, or give fewer servers"
+        )
+    order.strategy.check(task, World(size=workers))
     context = launch.join(place, order.terms)
     first = place.rank == 0
     try:
@@ -127,10 +142,12 @@ def _among(
         def crew_of(job: Path, run: RunFolder, secret: Secret) -> Crew:
             return LocalCrew(run.logs, secret, address)
 
-        return _lead(
-            order, task, place.size, 1, crew_of, run_dir, label, display, int(given), secret
-        )
-    take_part(task, order.strategy, endpoint(address, int(given)), Secret(text))
+        return _lead(order, task, workers, 1, crew_of, run_dir, label, display, int(given), secret)
+    at = endpoint(address, int(given))
+    if place.rank >= workers:
+        hosting.hold(at, Secret(text))
+    else:
+        take_part(task, order.strategy, at, Secret(text))
     return {}, Path()
 
 
@@ -173,6 +190,7 @@ def _lead(
                 description,
                 workers,
                 order.terms.patience,
+                elsewhere=strategy.shards if strategy.elsewhere else 0,
             )
             source = None
             if order.resume is not None:
@@ -185,7 +203,7 @@ def _lead(
                 coordinator, record = strategy.coordinator(task, site)
             record.begin(workers)
             with record.failing(), ended(crew, coordinator):
-                crew.begin(job, listener.endpoint, strategy.shards, here)
+                crew.begin(job, listener.endpoint, strategy.shards - terms.elsewhere, here)
                 coordinator.run(lambda: crew.look_after(coordinator))
             summary = record.end(workers)
     except UsageError:
@@ -258,11 +276,7 @@ def join(coordinator: str, task_file: str | None, secret_file: Path | None) -> N
     Raises:
         UsageError: nobody answers, the secret is wrong, or the task is another one.
     """
-    host, colon, port = coordinator.removeprefix("tcp://").rpartition(":")
-    if not colon or not port.isdigit():
-        raise UsageError(f"{coordinator!r} is not HOST:PORT: give what the run printed")
-    secret = secret_from(secret_file, launch.secret_of_job())
-    at = endpoint(_address(host.strip("[]")), int(port))
+    at, secret = _found(coordinator, secret_file)
     job = described(at, secret)
     file = task_file or job["task_file"]
     if file is None:
@@ -273,6 +287,32 @@ def join(coordinator: str, task_file: str | None, secret_file: Path | None) -> N
     if not isinstance(strategy, Crewed):
         raise UsageError(f"{strategy.name} has no workers that come and go")
     take_part(make_task(load_task(file), job["overrides"]), strategy, at, secret)
+
+
+def serve(coordinator: str, secret_file: Path | None, say: Callable[[str], None]) -> None:
+    """Hold a server shard of a run whose shards are elsewhere, until it has ended.
+
+    Args:
+        coordinator: `HOST:PORT` at which the run listens.
+        secret_file: the run's secret; where not given it is in the environment.
+        say: who is told what this host does.
+
+    Raises:
+        UsageError: nobody answers, the secret is wrong, or the run's shards are not elsewhere.
+        WorkerError: the run has failed, or cannot be reached any longer.
+    """
+    at, secret = _found(coordinator, secret_file)
+    described(at, secret)
+    hosting.hold(at, secret, say)
+
+
+def _found(coordinator: str, secret_file: Path | None) -> tuple[str, Secret]:
+    """Where a run listens, as ZeroMQ writes it, and its secret."""
+    host, colon, port = coordinator.removeprefix("tcp://").rpartition(":")
+    if not colon or not port.isdigit():
+        raise UsageError(f"{coordinator!r} is not HOST:PORT: give what the run printed")
+    secret = secret_from(secret_file, launch.secret_of_job())
+    return endpoint(_address(host.strip("[]")), int(port)), secret
 
 
 def _address(host: str) -> str:

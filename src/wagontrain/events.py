@@ -8,7 +8,7 @@ happens. `events.jsonl` holds them all, one JSON object a line; TensorBoard gets
 | start      | strategy, settings, exact, world_size, hosts, device, threads, epochs, steps,   |
 |            | steps_per_epoch, batch_size, samples, first_step; plan, where one was made;     |
 |            | ranks: host and device of each, where they do not come and go; join and secret, |
-|            | where they do                                                                   |
+|            | where they do; elsewhere, the number of server shards that hosts are to hold    |
 | step       | step, epoch, samples, loss, seconds, data_seconds, sent; covers, where the loss |
 |            | is the mean over so many samples, those of several steps                        |
 | loss       | step, epoch, loss, covers: a mean that became known after its steps             |
@@ -37,6 +37,8 @@ Where workers come and go (see `servers`) their numbers stand for ranks, and the
 | left       | worker, host, process, why, doing                                               |
 | restarted  | what, process, why: a worker or server shard that was started again             |
 | shard_restarted | shard, version                                                             |
+| shard_placed | shard, host, process: where one is that is elsewhere (see `servers.hosts`)    |
+| shard_lost | shard, host, why                                                                |
 | dropped, lost, spoiled, again, mislaid, too_far, refused | see `servers.commands.Note`       |
 """
 

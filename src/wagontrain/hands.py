@@ -161,16 +161,7 @@ class LocalCrew(Crew):
             self._start(Hand(number, serves=False), launch.worker_command(job))
 
     def _start(self, hand: Hand, command: list[str]) -> None:
-        environment = launch.environment_of(hand.number, self._workers)
-        with (self.logs / f"{hand.name}.log").open("ab") as output:
-            popen = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
-                env=environment,
-            )  # fmt: skip
-        hand.host, hand.process, hand.began = socket.gethostname(), popen.pid, time.monotonic()
-        assert popen.stdin is not None
-        with contextlib.suppress(BrokenPipeError), popen.stdin:  # it may have ended already
-            popen.stdin.write(self._secret.text.encode() + b"\n")
+        popen = begun(hand, command, self.logs, self._secret, self._workers)
         self._started.append((hand, command, popen))
 
     def look_after(self, coordinator: Coordinator) -> None:
@@ -200,6 +191,31 @@ class LocalCrew(Crew):
 
     def close(self) -> None:
         """All have ended by then."""
+
+
+def begun(
+    hand: Hand, command: list[str], logs: Path, secret: Secret, workers: int = 1
+) -> subprocess.Popen[bytes]:
+    """Start a process on this host, which is told the job's secret.
+
+    Args:
+        hand: its place; what it prints goes to the log of that name.
+        command: program and arguments.
+        logs: where logs are.
+        secret: of the job; the process reads it from its standard input.
+        workers: of this host, which share its cores and GPUs.
+    """
+    environment = launch.environment_of(hand.number, workers)
+    with (logs / f"{hand.name}.log").open("ab") as output:
+        popen = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT,
+            env=environment,
+        )  # fmt: skip
+    hand.host, hand.process, hand.began = socket.gethostname(), popen.pid, time.monotonic()
+    assert popen.stdin is not None
+    with contextlib.suppress(BrokenPipeError), popen.stdin:  # it may have ended already
+        popen.stdin.write(secret.text.encode() + b"\n")
+    return popen
 
 
 def how_it_ended(status: int) -> str:

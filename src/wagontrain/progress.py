@@ -184,8 +184,13 @@ def _invitation(start: Event) -> list[str]:
     """How others take part, where workers may come and go."""
     if "join" not in start:
         return []
-    return ["more workers may join, on this host or where it can be reached:",
-            f"  wagontrain join {start['join']} --secret-file {start['secret']}"]  # fmt: skip
+    how = f"{start['join']} --secret-file {start['secret']}"
+    lines = ["more workers may join, on this host or where it can be reached:",
+             f"  wagontrain join {how}"]  # fmt: skip
+    if shards := start.get("elsewhere"):
+        lines += [f"server shards are waited for, {shards} of them; on a host for each:",
+                  f"  wagontrain serve {how}"]  # fmt: skip
+    return lines
 
 
 def crew_line(event: Event) -> str:

@@ -18,7 +18,17 @@ OWN_WILL = "left of its own will"
 """Why a worker left that nobody has to look for."""
 
 _TROUBLE = frozenset(
-    {"failed", "left", "lost", "spoiled", "too_far", "restarted", "mislaid", "refused"}
+    {
+        "failed",
+        "left",
+        "lost",
+        "spoiled",
+        "too_far",
+        "restarted",
+        "mislaid",
+        "refused",
+        "shard_lost",
+    }
 )
 
 
@@ -98,6 +108,8 @@ _SENTENCES: dict[str, str | Callable[[Mapping[str, Any]], str]] = {
     "left": _left,
     "restarted": "process {process} ({what} of those started) {why}; another begins",
     "shard_restarted": "server shard {shard} is back, with update {version}",
+    "shard_placed": "server shard {shard} is to be on {host}",
+    "shard_lost": "server shard {shard} on {host} is lost: {why}",
     "lost": _lost,
     "mislaid": _mislaid,
     "dropped": "a gradient of worker {worker} does not count: {reason}",

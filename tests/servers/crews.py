@@ -87,6 +87,7 @@ class Threads:
             workers,
             patience,
             SECONDS,
+            strategy.shards if strategy.elsewhere else 0,
         )  # fmt: skip
         site = Site(self.listener, self.folder, self.events, terms, workers, None, source)
         self.coordinator: Coordinator
@@ -124,7 +125,8 @@ class Threads:
 
     def run(self, look_after: Callable[[], None] = lambda: None) -> Outcome:
         """Coordinate until all is done."""
-        for number in range(self.strategy.shards):
+        beside = 0 if self.strategy.elsewhere else self.strategy.shards
+        for number in range(beside):
             self.serve(number)
         for _ in range(self.workers):
             self.work()

@@ -12,7 +12,7 @@ from wagontrain.errors import TrainingError
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.fleet import Fleet
 from wagontrain.servers.job import Job
-from wagontrain.servers.messages import Hello, Message
+from wagontrain.servers.messages import Hello, Message, Stop
 from wagontrain.servers.orders import Commit, Ready, Setup, Snapshot
 from wagontrain.servers.parts import Buffer, divide
 
@@ -39,8 +39,8 @@ class Side:
     def send(self, peer: bytes, message: Message, tensors: Sequence[Tensor]) -> None:
         self.told.append((peer, message))
 
-    def hello(self, index: int, peer: bytes, applied: int | None = None) -> bool:
-        where = f"tcp://127.0.0.1:{index + 1}"
+    def hello(self, index: int, peer: bytes, applied: int | None = None, where: str = "") -> bool:
+        where = where or f"tcp://127.0.0.1:{index + 1}"
         hello = Hello("shard", "1", "here", 1, endpoint=where, index=index, applied=applied)
         return self.fleet.hello(peer, hello, 0.0)
 
@@ -97,3 +97,24 @@ def test_a_shard_without_a_mirror_or_file_begins_anew() -> None:
     before = len(side.told)
     side.fleet.begin_anew(b"again", "the state cannot be read")
     assert [peer for peer, _ in side.told[before:]] == [b"again"]
+
+
+def test_a_shard_whose_place_another_has_taken_is_told_to_end() -> None:
+    """Whenever it is heard of again: two would hold the same shard."""
+    side = Side()
+    side.begin()
+    side.hello(1, b"elsewhere", where="tcp://127.0.0.1:9")
+    assert (b"1", Stop()) in side.told
+    assert not side.hello(1, b"back", applied=0)
+    assert side.told[-1] == (b"back", Stop())
+    assert side.fleet.endpoints[1] == "tcp://127.0.0.1:9"
+    assert side.fleet.of(b"elsewhere") is side.fleet.shards[1]
+
+
+def test_a_mirrored_shard_that_was_replaced_before_the_others_came_begins_as_they_do() -> None:
+    side = Side(mirrored=True)
+    side.hello(1, b"first")
+    side.hello(1, b"second")
+    side.hello(0, b"0")
+    assert [setup.source for setup in side.setups(b"second")] == ["", ""]
+    assert side.setups(b"first") == []

@@ -33,6 +33,11 @@ class Crewed(Strategy):
     def shards(self) -> int:
         """How many server processes it needs."""
 
+    @property
+    @abstractmethod
+    def elsewhere(self) -> bool:
+        """Whether they are on hosts of their own, that others start: see `servers.hosts`."""
+
     @abstractmethod
     def coordinator(self, task: Task, site: Site) -> tuple[Coordinator, Record]:
         """Who decides, and who keeps what happens. Called in the launching process."""

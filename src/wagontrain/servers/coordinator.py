@@ -20,6 +20,7 @@ from wagontrain.servers.commands import Command
 from wagontrain.servers.contents import Contents, room
 from wagontrain.servers.deciding import Decisions
 from wagontrain.servers.fleet import Fleet
+from wagontrain.servers.hosts import Hosts
 from wagontrain.servers.messages import (
     PROTOCOL,
     Ask,
@@ -76,6 +77,9 @@ class Coordinator:
         self.rates = rates
         self.observer = observer
         self.terms = terms
+        self.hosts = Hosts(
+            self.fleet.shards, self._send, observer.noted, terms.patience, terms.elsewhere > 0
+        )
         self.members: dict[int, Member] = {}
         self.finished = False
         self._hellos: list[tuple[bytes, Hello]] = []
@@ -119,6 +123,7 @@ class Coordinator:
             self._send(member.peer, Stop(reason))
         for peer, _ in self._hellos:
             self._send(peer, Stop(reason))
+        self.hosts.stop(reason)
         for shard in self.fleet.shards:
             if shard.peer:
                 self._send(shard.peer, Stop(reason))
@@ -161,6 +166,11 @@ class Coordinator:
                 f"{message.host} runs wagontrain {message.version}, this job {__version__}: "
                 "install the same version on all hosts"
             )
+        if message.role == "host":
+            self._send(peer, Stop()) if self.finished else self.hosts.hello(
+                peer, message, time.monotonic()
+            )
+            return
         if message.role == "shard":
             known = self.fleet.endpoints
             if self.fleet.hello(peer, message, time.monotonic()):
@@ -225,7 +235,8 @@ class Coordinator:
 
     def _beat(self, peer: bytes, message: Beat, incoming: Incoming) -> None:
         if message.worker < 0:
-            self.fleet.of(peer).seen = time.monotonic()
+            if not self.hosts.beat(peer, time.monotonic()):
+                self.fleet.of(peer).seen = time.monotonic()
         elif member := self._known(peer, message.worker):
             member.doing = message.doing
             member.sent, member.memory = message.sent, message.memory
@@ -234,6 +245,7 @@ class Coordinator:
     def _bye(self, peer: bytes, message: Bye, incoming: Incoming) -> None:
         if message.worker in self.members:
             self.remove(message.worker, OWN_WILL)
+        self.hosts.bye(peer, time.monotonic())
 
     def remove(self, worker: int, why: str) -> None:
         """A worker takes part no longer; its unfinished work goes to others."""
@@ -257,13 +269,17 @@ class Coordinator:
         for member in list(self.members.values()):
             if now - member.seen > patience:
                 self.remove(member.number, f"nothing heard for {now - member.seen:.0f} s")
-        missing = [number for number, shard in enumerate(self.fleet.shards) if not shard.ready]
+        self.hosts.look(now)
+        ready = {number for number, shard in enumerate(self.fleet.shards) if shard.ready}
+        missing = sorted({*range(len(self.fleet.shards))} - ready | self.hosts.missing())
         if not missing and (self.members or self.finished):
             self._silent_since = now
         elif now - self._silent_since > self.terms.start:
             waited = f"within {self.terms.start:.0f} s"
             if missing:
-                raise WorkerError(f"server shard {missing[0]} did not come {waited}")
+                which = f"server shard{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+                what = ": start `wagontrain serve` on a host for each" if self.hosts.wanted else ""
+                raise WorkerError(f"{which} did not come {waited}{what}")
             raise WorkerError(f"no worker came {waited}: all have gone, and nobody has joined")
         self.states.require(self.terms.start)
 

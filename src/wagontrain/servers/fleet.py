@@ -16,7 +16,7 @@ from torch import Tensor
 from wagontrain.errors import TrainingError, WorkerError
 from wagontrain.servers.contents import Contents
 from wagontrain.servers.job import Job
-from wagontrain.servers.messages import Hello, Message
+from wagontrain.servers.messages import Hello, Message, Stop
 from wagontrain.servers.operations import Reduction, reductions
 from wagontrain.servers.orders import (
     Applied,
@@ -106,6 +106,7 @@ class Fleet:
         self._largest_norm = largest_norm
         self.mirrored = mirrored
         self._begun_all = False
+        self._left: set[str] = set()  # where shards were that are elsewhere now
         self._log: deque[Commit] = deque(maxlen=_LOG)
         self._waiting: deque[_Norm | Message] = deque()
         self._asked: dict[int, _Asked] = {}
@@ -150,8 +151,14 @@ class Fleet:
         if not 0 <= message.index < len(self.shards):
             raise WorkerError(f"shard {message.index} is none of this job's {len(self.shards)}")
         shard = self.shards[message.index]
+        if message.endpoint in self._left:  # cut off for so long that another took its place
+            self._send(peer, Stop(), ())
+            return False
         same = shard.ready and shard.endpoint == message.endpoint
         moved = shard.endpoint not in ("", message.endpoint)
+        if moved:
+            self._left.add(shard.endpoint)
+            self._send(shard.peer, Stop(), ())
         shard.peer, shard.endpoint, shard.seen = peer, message.endpoint, now
         if moved and self._begun_all:
             before = self.shards[message.index - 1]
@@ -166,13 +173,13 @@ class Fleet:
         elif all(each.peer for each in self.shards):  # each is told where its mirror is
             self._begun_all = True
             for index in range(len(self.shards)):
-                self._set_up(index)
+                self._set_up(index, beginning=True)
         return False
 
-    def _set_up(self, index: int) -> None:
+    def _set_up(self, index: int, beginning: bool = False) -> None:
         """Tell a process what to hold, and give it, or say where that is."""
         shard = self.shards[index]
-        again = shard.started > 1
+        again = shard.started > 1 and not beginning
         if not self.mirrored:
             source = "file" if again and self._jobs[index].file else ""
             setup = Setup(self._jobs[index].plain(), source=source, attempt=shard.started)

@@ -11,6 +11,8 @@ does not fit a type is refused. Nothing received is ever executed or unpickled.
                             Stop
     shard -> coordinator    Hello, Ready, Applied, Squares, Fill, Beat, Refusal
     shard -> shard          Push, PullState, and their answers
+    host -> coordinator     Hello, Beat, Bye: one that offers to hold a shard, see `hosts`
+    coordinator -> host     Hold, Unknown, Stop, Refusal
 """
 
 from __future__ import annotations
@@ -46,18 +48,18 @@ class Hello:
     """A process asks to take part.
 
     Args:
-        role: what it wants to be.
+        role: what it wants to be; "host": one that is to hold a shard.
         version: of wagontrain; another one may understand messages differently.
         host: its name.
         process: its number on that host.
         fingerprint: of the task as this process has it: model and some samples.
         endpoint: where a shard listens.
-        index: which shard it is.
+        index: which shard it is, or a host holds.
         applied: the last commit a shard has; None for one that has nothing yet.
         device: that a worker computes on.
     """
 
-    role: Literal["worker", "shard"]
+    role: Literal["worker", "shard", "host"]
     version: str
     host: str
     process: int
@@ -81,6 +83,14 @@ class Welcome:
     shards: tuple[str, ...]
     workers: int = 1
     kind: Literal["welcome"] = "welcome"
+
+
+@dataclass(frozen=True)
+class Hold:
+    """A host is to hold this shard from now on; -1: none, and it waits."""
+
+    index: int
+    kind: Literal["hold"] = "hold"
 
 
 @dataclass(frozen=True)
@@ -222,9 +232,9 @@ class Beat:
 
 @dataclass(frozen=True)
 class Bye:
-    """A worker leaves of its own will."""
+    """A worker leaves of its own will, or a host ends."""
 
-    worker: int
+    worker: int = -1
     kind: Literal["bye"] = "bye"
 
 
@@ -370,10 +380,10 @@ class Accepted:
 
 
 Message = (
-    Hello | Welcome | Look | Description | Ask | Lease | Done | Spoiled | Measured | Beat | Bye
-    | Unknown | Stop | Refusal | Push | Staged | Pull | Values | PullRows | Rows | Setup | Fill
-    | Offer | Accepted | Ready | Commit | Applied | Norm | Squares | Forget | Snapshot | Release
-    | PullState | Moved
+    Hello | Welcome | Look | Description | Hold | Ask | Lease | Done | Spoiled | Measured | Beat
+    | Bye | Unknown | Stop | Refusal | Push | Staged | Pull | Values | PullRows | Rows | Setup
+    | Fill | Offer | Accepted | Ready | Commit | Applied | Norm | Squares | Forget | Snapshot
+    | Release | PullState | Moved
 )  # fmt: skip
 
 # A validation loss may well be infinite, which is no reason to refuse what a worker measured.

@@ -230,6 +230,7 @@ class Record(Observer):
             first_step=self.first_step,
             join=self.site.listener.endpoint.removeprefix("tcp://"),
             secret=str(self.folder.path / "secret"),
+            **({"elsewhere": elsewhere} if (elsewhere := self.site.terms.elsewhere) else {}),
             **({"plan": planned} if planned else {}),
         )
 

@@ -24,6 +24,7 @@ class Terms:
         workers: how many are planned.
         patience: seconds of silence after which a worker is given up.
         start: seconds to wait for shards and for a first worker.
+        elsewhere: how many shards are on hosts that offer themselves, see `hosts`.
     """
 
     fingerprint: str = ""
@@ -31,6 +32,7 @@ class Terms:
     workers: int = 1
     patience: float = 30.0
     start: float = 300.0
+    elsewhere: int = 0
 
 
 @dataclass(frozen=True)

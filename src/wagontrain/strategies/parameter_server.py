@@ -75,6 +75,7 @@ class ParameterServer(Crewed):
         elasticity: of rule "easgd": its beta; a worker goes beta / N of the way to the servers.
         warm_start: updates that one worker makes alone before the others begin.
         replicas: copies of every shard's state on another shard: 0 or 1.
+        placement: "beside" the workers, or "elsewhere": on hosts that run `wagontrain serve`.
         tables: embedding layers whose tables live on the servers only: their names in the model
             with commas between them, or "auto"; "" for none.
     """
@@ -92,6 +93,7 @@ class ParameterServer(Crewed):
     elasticity: float = 0.9
     warm_start: int = 0
     replicas: int = 0
+    placement: Literal["beside", "elsewhere"] = "beside"
     tables: str = ""
 
     name: ClassVar[str] = "parameter-server"
@@ -136,6 +138,11 @@ class ParameterServer(Crewed):
     def shards(self) -> int:
         """How many server processes it needs."""
         return self.servers
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether they are on hosts of their own."""
+        return self.placement == "elsewhere"
 
     def check(self, task: Task, world: World) -> None:
         """Refuse what cannot be done without all ranks at once.

@@ -22,7 +22,7 @@ Source: Dean et al. 2012, "Large Scale Distributed Deep Networks", section 4.2 a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -55,6 +55,7 @@ class Sandblaster(Crewed):
         n_push: portions whose gradients travel together, at most.
         duplicate: whether portions that are late are given to a second worker.
         replicas: copies of every shard's state on another shard: 0 or 1.
+        placement: "beside" the workers, or "elsewhere": on hosts that run `wagontrain serve`.
     """
 
     servers: int = 1
@@ -62,6 +63,7 @@ class Sandblaster(Crewed):
     n_push: int = 5
     duplicate: bool = True
     replicas: int = 0
+    placement: Literal["beside", "elsewhere"] = "beside"
 
     name: ClassVar[str] = "sandblaster"
     summary: ClassVar[str] = "whole batches by L-BFGS, portions for whoever is free"
@@ -85,6 +87,11 @@ class Sandblaster(Crewed):
     def shards(self) -> int:
         """How many server processes it needs."""
         return self.servers
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether they are on hosts of their own."""
+        return self.placement == "elsewhere"
 
     def check(self, task: Task, world: World) -> None:
         """Refuse what L-BFGS has no place for.
