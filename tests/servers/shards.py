@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -241,3 +241,7 @@ def random_rows(table: Table, ids: Sequence[int], seed: int = 0) -> tuple[Tensor
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn((len(ids), table.dim), generator=generator)
     return torch.tensor(list(ids), dtype=table.id_type), rows
+
+
+Make = Callable[..., Coordinator]
+"""Makes a coordinator of so many shards, whose processes end with the test."""
