@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks.async_cell import Cell
-from benchmarks.async_tasks import CLUSTERS, CONTENDERS, MODELS
+from benchmarks.async_tasks import CLUSTERS, CONTENDERS, MODELS, SERVER
 
 mpl.use("agg")  # there is no screen
 from matplotlib import pyplot as plt
@@ -118,12 +118,29 @@ def asked_for(each: Mapping[str, list[Cell]], hosts: int = 4) -> list[str]:
             took = f"{mine:.1f} s against more than {base[0].limit:.0f} s"
         lines.append(f"- time to target of downpour / {BASELINE}: **{took or 'not reached'}** "
                      "(asked on MNIST: 0.50 or less)")  # fmt: skip
+    lines += _quickest(each)
     bounded = [found["max"] for cell in each.get("ssp-2", []) if (found := cell.staleness())]
     if bounded:
         most = (2 + 1) * (hosts - 1)
         lines.append(f"- largest staleness under ssp:2: **{max(bounded):.0f}** (s + 1 pushes of "
                      f"each of {hosts - 1} peers: at most {most})")  # fmt: skip
     return lines
+
+
+def _quickest(each: Mapping[str, list[Cell]]) -> list[str]:
+    """Which of those that wait for nobody comes to the target first, against the baselines."""
+    apart = [
+        one.name for one in CONTENDERS if one.strategy == SERVER and not one.settings.get("backup")
+    ]
+    known = {name: median(cells, Cell.seconds_to_target) for name, cells in each.items()}
+    there = {name: at for name in apart if (at := known.get(name)) is not None}
+    if not there:
+        return []
+    first = min(there, key=there.__getitem__)
+    against = [f"{ratio(there[first], known[name])} of {name}"
+               for name in (BASELINE, "balanced") if known.get(name)]  # fmt: skip
+    return [f"- first of the {len(apart)} asynchronous ways at the target: {first}, "
+            f"**{there[first]:.1f}** s, {', '.join(against)}"]  # fmt: skip
 
 
 def page(
