@@ -49,7 +49,7 @@ class Model:
 
 
 MODELS = {
-    "mnist": Model("momentum", "accuracy", 0.95, True, {"equal": 20.0, "slow": 60.0}),
+    "mnist": Model("momentum", "accuracy", 0.95, True, {"equal": 20.0, "slow": 30.0}),
     "char_lm": Model("adamw", "loss", 2.3, False, {"equal": 30.0, "slow": 60.0}),
 }
 CLUSTERS = {"equal": {}, "slow": {3: 0.25}}
@@ -97,7 +97,7 @@ CONTENDERS = [
 
 GUESSES = {
     "mnist": {
-        "data-parallel": 0.05, "downpour": 0.05, "downpour-sgd": 0.1, "downpour-adagrad": 0.02,
+        "data-parallel": 0.05, "downpour": 0.05, "downpour-sgd": 0.1, "downpour-adagrad": 0.0021,
         "staleness-aware": 0.3, "dc-asgd": 0.1, "easgd": 0.05, "local-sgd": 0.1, "diloco": 0.003,
     },
     "char_lm": {
