@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -249,12 +250,12 @@ def take_part(task: Task, strategy: Crewed, coordinator: str, secret: Secret) ->
     """
     context = launch.join(None)
     device = context.world.device
-    own = fingerprint(task, device)
+    own, name = fingerprint(task, device), secrets.token_hex(8)
     while True:
         with Network(secret) as network:
             client = None
             try:
-                client = Client(network, coordinator, own, device=str(device))
+                client = Client(network, coordinator, own, device=str(device), client=name)
                 strategy.worker(task, client, device).run()
             except OverError:
                 return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +150,16 @@ class Threads:
                 self.coordinator.say_over(0.1)
             summary = self.record.end(self.workers)
             self.network.close()
-        assert not still
+        assert not still, _stacks()
         assert not self.failures
         kept = [event for event, _ in events.read(self.folder.events)]
         return Outcome(self.folder, summary, kept)
+
+
+def _stacks() -> str:
+    """Where all threads of this process are."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"{names.get(number)}:\n{''.join(traceback.format_stack(frame))}"
+        for number, frame in sys._current_frames().items()
+    )

@@ -64,6 +64,7 @@ class Client:
         fingerprint: of the task as this process has it.
         seconds: longest time to wait for any answer.
         device: that it computes on, to be told to people.
+        client: its own name, by which the coordinator knows it when it comes back.
 
     Raises:
         UsageError: the coordinator refuses this worker, or does not answer.
@@ -76,6 +77,7 @@ class Client:
         fingerprint: str,
         seconds: float = 300.0,
         device: str = "",
+        client: str = "",
     ) -> None:
         self._network = network
         self.memory = network.arena.memory
@@ -90,7 +92,7 @@ class Client:
         self.welcome = self._say_hello(
             Hello(
                 "worker", __version__, socket.gethostname(), getpid(), fingerprint=fingerprint,
-                device=device,
+                device=device, client=client,
             )
         )  # fmt: skip
         self._closing = threading.Event()
@@ -115,7 +117,7 @@ class Client:
         incoming, limit, seen = None, time.monotonic() + self._seconds, -1
         while incoming is None and time.monotonic() < limit:
             now = self._control.connections()
-            if seen < 0 or now > seen > 0:  # what was on its way may be lost with a connection
+            if seen < 0 or now > max(seen, 1):  # what was on its way may be lost with a connection
                 self._control.send(hello)
             seen = now
             incoming = self._control.receive(1.0)

@@ -188,12 +188,18 @@ class Coordinator:
         elif self.fleet.ready:
             self._welcome(peer, message)
         else:
+            self._hellos = [each for each in self._hellos if not _same(each[1], message)]
             self._hellos.append((peer, message))
 
     def _welcome(self, peer: bytes, message: Hello) -> None:
+        for old in [each for each in self.members.values() if _same(each, message)]:
+            # What it said or was told may be lost with a connection: nobody else has its work.
+            self.remove(old.number, OWN_WILL)
         self._numbers += 1
         now = time.monotonic()
-        member = Member(self._numbers, peer, message.host, message.process, now)
+        member = Member(
+            self._numbers, peer, message.host, message.process, now, client=message.client
+        )
         self.members[member.number] = member
         self._send(peer, Welcome(member.number, self.fleet.endpoints, self.terms.workers))
         self.observer.noted(
@@ -398,3 +404,8 @@ class Coordinator:
         commands.Finish: _finish,
         commands.Fail: _fail,
     }
+
+
+def _same(one: Member | Hello, other: Hello) -> bool:
+    """Whether two are the same worker, which has come back."""
+    return one.client != "" and one.client == other.client

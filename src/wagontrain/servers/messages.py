@@ -57,6 +57,7 @@ class Hello:
         index: which shard it is, or a host holds.
         applied: the last commit a shard has; None for one that has nothing yet.
         device: that a worker computes on.
+        client: a worker's own name, the same whenever it comes back; empty for one that has none.
     """
 
     role: Literal["worker", "shard", "host"]
@@ -69,6 +70,7 @@ class Hello:
     index: int = -1
     applied: int | None = None
     device: str = ""
+    client: str = ""
     kind: Literal["hello"] = "hello"
 
 

@@ -24,6 +24,7 @@ class Member:
     doing: str = ""
     sent: int = 0
     memory: int = 0
+    client: str = ""
 
 
 class Observer:
