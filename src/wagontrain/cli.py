@@ -31,8 +31,10 @@ from wagontrain.cli_help import (
     PLACE,
     TRAIN,
     Commands,
+    Coordinator,
     Interface,
     Patience,
+    SecretFile,
     Sectioned,
     TaskFile,
     Workers,
@@ -187,14 +189,12 @@ def run(
     epilog="Example: wagontrain join 10.0.0.5:41234 --secret-file secret",
 )
 def join(
-    coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
+    coordinator: Coordinator,
     file: Annotated[
         str | None,
         typer.Argument(metavar="FILE[:NAME]", help="Task file; default the run's own path."),
     ] = None,
-    secret_file: Annotated[
-        Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
-    ] = None,
+    secret_file: SecretFile = None,
 ) -> None:
     """Be one more worker of a run whose workers come and go."""
     from wagontrain import crew
@@ -208,10 +208,8 @@ def join(
     epilog="Example: wagontrain serve 10.0.0.5:41234 --secret-file secret",
 )
 def serve(
-    coordinator: Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")],
-    secret_file: Annotated[
-        Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
-    ] = None,
+    coordinator: Coordinator,
+    secret_file: SecretFile = None,
 ) -> None:
     """Hold a server shard of a run with placement=elsewhere."""
     from wagontrain import crew

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,10 @@ Patience = Annotated[
     typer.Option(
         help="Seconds of silence after which a worker counts as lost.", rich_help_panel=PLACE
     ),
+]
+Coordinator = Annotated[str, typer.Argument(metavar="HOST:PORT", help="As the run says it.")]
+SecretFile = Annotated[
+    Path | None, typer.Option(help="The run's secret; default $WAGONTRAIN_SECRET.")
 ]
 Interface = Annotated[
     str | None,
