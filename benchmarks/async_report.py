@@ -152,7 +152,6 @@ def page(
     link: str,
 ) -> str:
     """The whole Markdown page."""
-    seeds = sorted({cell.seed for cell in cells})
     slow = ", ".join(f"host {host} with {share:g} of that" for host, share in
                      CLUSTERS["slow"].items())  # fmt: skip
     text = [
@@ -161,7 +160,7 @@ def page(
         f"{link}. {origin['machine']}; Python {origin['python']}, torch {origin['torch']}; commit "
         f"{origin['commit']}.", "",
         f"    {origin['command']}", "",
-        f"Median (min to max) over seeds {', '.join(map(str, seeds))}, contenders in turns, fresh "
+        "Median (min to max) over seeds, contenders in turns, fresh "
         "processes each time. All train for the same time, which begins when all hosts are at "
         "work: starting processes is not in it; validations and checkpoints are. "
         f"\"In its steps\" holds a contender against {BASELINE} without these. Server shards and "
@@ -174,7 +173,8 @@ def page(
     for key, each in groups(cells).items():
         model, cluster = key
         some = next(iter(each.values()))[0]
-        text += [f"## {model}, {cluster} hosts, {some.limit:.0f} s", ""]
+        seen = ", ".join(map(str, sorted({cell.seed for cells in each.values() for cell in cells})))
+        text += [f"## {model}, {cluster} hosts, {some.limit:.0f} s, seeds {seen}", ""]
         text += table(each, rates[model])
         if cluster == "slow":
             text += [*asked_for(each), ""]
