@@ -149,7 +149,7 @@ class _Host:
         self._end_shard(GRACE if self._over else 0.0)
         if not self._over and self._connections:
             self._line.send(Bye())
-            time.sleep(_LOOK)  # for it to be sent
+        self._line.close(_LOOK)
 
     def _end_shard(self, seconds: float) -> None:
         """Wait for its process, which was told to end, and kill it if it is late."""

@@ -46,6 +46,9 @@ from wagontrain.version import __version__
 BEAT = 1.0
 """Seconds between two signs of life."""
 
+_GOOD_BYE = 0.25
+"""Seconds for the last word to be sent."""
+
 _CPU = torch.device("cpu")
 
 _T = TypeVar("_T")
@@ -271,7 +274,7 @@ class Client:
         self._heart.join()
         for lines in self._lines:
             lines.close()
-        self._control.close()
+        self._control.close(_GOOD_BYE if leave else 0.0)
         self._reports.close()
 
 

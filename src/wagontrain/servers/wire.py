@@ -407,8 +407,11 @@ class Line:
                     "in the run's folder"
                 )
 
-    def close(self) -> None:
-        """Close the line; what was not sent yet is dropped."""
+    def close(self, seconds: float = 0.0) -> None:
+        """Close the line; what was not sent by then, within so many seconds, is dropped.
+
+        It is the network's own closing that waits.
+        """
         self.socket.disable_monitor()
         self._monitor.close()
-        self.socket.close()
+        self.socket.close(linger=round(seconds * 1000))
