@@ -8,6 +8,7 @@ here when it dies.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import tempfile
@@ -72,6 +73,7 @@ class _Host:
         self._address = address
         self._folder = folder
         self._say = say
+        self._client = secrets.token_hex(8)
         self._hand: Hand | None = None
         self._command: list[str] = []
         self._process: subprocess.Popen[bytes] | None = None
@@ -95,7 +97,7 @@ class _Host:
     def _say_hello(self) -> None:
         index = NONE if self._hand is None else self._hand.number
         here = socket.gethostname(), os.getpid()
-        self._line.send(Hello("host", __version__, *here, index=index))
+        self._line.send(Hello("host", __version__, *here, index=index, client=self._client))
 
     def _hear(self, message: Message) -> None:
         if isinstance(message, Hold):

@@ -51,7 +51,7 @@ class Side:
         self.noted.append((kind, fields))
 
     def hello(self, name: str, now: float = 0.0, index: int = NONE, peer: str = "") -> None:
-        message = Hello("host", "1", name, 1, index=index)
+        message = Hello("host", "1", name, 1, index=index, client=name)
         self.hosts.hello((peer or name).encode(), message, now)
 
     def new(self) -> list[tuple[str, Message]]:
@@ -68,6 +68,16 @@ def test_a_shard_goes_to_who_comes_first_and_others_wait() -> None:
     assert side.new() == [("a", Hold(0)), ("b", Hold(1)), ("c", Hold(NONE))]
     assert side.hosts.missing() == set()
     assert [fields["host"] for kind, fields in side.noted if kind == "shard_placed"] == ["a", "b"]
+
+
+def test_hosts_of_one_name_are_two() -> None:
+    """Containers may all be called the same, and have 1 as their process's number."""
+    side = Side()
+    for client in ("a", "b"):
+        hello = Hello("host", "1", "box", 1, client=client)
+        side.hosts.hello(client.encode(), hello, 0.0)
+    assert side.new() == [("a", Hold(0)), ("b", Hold(1))]
+    assert side.hosts.missing() == set()
 
 
 def test_one_that_waits_takes_up_what_a_silent_host_had() -> None:

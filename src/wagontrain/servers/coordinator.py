@@ -167,9 +167,10 @@ class Coordinator:
                 "install the same version on all hosts"
             )
         if message.role == "host":
-            self._send(peer, Stop()) if self.finished else self.hosts.hello(
-                peer, message, time.monotonic()
-            )
+            if self.finished:
+                self._send(peer, Stop())
+            else:
+                self.hosts.hello(peer, message, time.monotonic())
             return
         if message.role == "shard":
             known = self.fleet.endpoints

@@ -22,9 +22,11 @@ NONE = -1
 class Host:
     """A host that offers to hold a shard.
 
+    `client`: its own, which stays; two hosts may well have the same `name` and `process`.
     `forgotten`: what it holds was given up while it was silent, and it does not know yet.
     """
 
+    client: str
     name: str
     process: int
     peer: bytes
@@ -75,12 +77,8 @@ class Hosts:
                 "this run's server shards are beside its workers: start it with --set "
                 "placement=elsewhere to have them on other hosts"
             )
-        self._hosts = [
-            host
-            for host in self._hosts
-            if (host.name, host.process) != (message.host, message.process)
-        ]
-        host = Host(message.host, message.process, peer, now)
+        self._hosts = [host for host in self._hosts if host.client != message.client]
+        host = Host(message.client, message.host, message.process, peer, now)
         self._hosts.append(host)
         if message.index in self.missing():
             host.shard = message.index

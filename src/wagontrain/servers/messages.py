@@ -57,7 +57,8 @@ class Hello:
         index: which shard it is, or a host holds.
         applied: the last commit a shard has; None for one that has nothing yet.
         device: that a worker computes on.
-        client: a worker's own name, the same whenever it comes back; empty for one that has none.
+        client: a worker's or host's own name, the same whenever it comes back; empty for a shard,
+            which its index names.
     """
 
     role: Literal["worker", "shard", "host"]
